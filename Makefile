@@ -1,0 +1,100 @@
+# `make help` lists the targets. Each sets up .venv itself when it has to.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip
+# With a compiler at hand its errors are worth seeing; without one the tests of the rest still run.
+export GFL_KERNELS_BUILD ?= $(if $(shell command -v $${CXX:-c++}),cpu,auto)
+# Workers of pytest; the tests are short, so two share even a small machine well.
+JOBS ?= 2
+PYTEST_ARGS ?=
+BUILD_TAG = $(shell $(PY) -c 'import sys; print(sys.implementation.cache_tag)')
+NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt gfl_kernels/_version.py \
+  $(wildcard cmake/*) $(wildcard python/*) $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc python tests/cpp -name '*.h' -o -name '*.cpp')
+
+.PHONY: help venv demo test test-asan check-isa bench bench-quick lint format wheel sdist ci clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.package ## Create .venv with everything development needs
+
+demo: $(VENV)/.package ## Train a detector on scanned digits with plain and with fused losses
+	$(PY) bench/train_digits.py $(DEMO_ARGS)
+
+test: $(VENV)/.package ## All tests (PYTEST_ARGS, JOBS)
+	$(PY) -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+bench: $(VENV)/.package ## Benchmarks of the ops; tables and charts go to bench/out
+	$(PY) bench/run.py $(BENCH_ARGS)
+
+bench-quick: $(VENV)/.package ## The same in under two minutes
+	$(PY) bench/run.py --quick $(BENCH_ARGS)
+
+# The installed copy is found before the one in the source tree through PYTHONPATH; pytest runs from the
+# build folder because `python -m` puts the current folder first.
+test-asan: build/asan/.built ## The CPU kernels on odd shapes under AddressSanitizer and UBSan
+	cd build/asan && \
+	grep -q __asan_init site/gfl_kernels/lib/libgfl_native.so && \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	GFL_KERNELS_BACKEND=cpu PYTHONPATH=$(CURDIR)/build/asan/site PYTHONDONTWRITEBYTECODE=1 \
+	$(CURDIR)/$(BIN)/pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider \
+	  -k 'not reference' $(CURDIR)/tests/test_odd_shapes.py $(PYTEST_ARGS)
+
+build/asan/.built: $(VENV)/.package $(wildcard gfl_kernels/*.py)
+	rm -rf build/asan/site
+	CXX=g++ GFL_KERNELS_BUILD=cpu GFL_KERNELS_BUILD_DIR=build/asan/native \
+	GFL_KERNELS_CMAKE_ARGS=-DGFL_SANITIZE=address,undefined \
+	$(PIP) install -q --no-deps --no-build-isolation --target build/asan/site .
+	touch $@
+
+check-isa: $(VENV)/.package ## No code of one instruction set may be shared with the others
+	$(BIN)/cmake --build build/native-$(BUILD_TAG) --target check_isa_symbols
+
+lint: $(VENV)/.package ## ruff and clang-format, as the commit hooks run them
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+format: $(VENV)/.requirements ## Rewrite the sources in the project's format
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: $(VENV)/.package ## A wheel with the native library in dist/
+	GFL_KERNELS_BUILD=cpu $(PY) -m build --wheel --no-isolation
+
+sdist: $(VENV)/.package ## A source distribution in dist/
+	$(PY) -m build --sdist --no-isolation
+
+ci: ## Everything that the project's CI runs
+	.ci/run
+
+clean: ## Remove what was built, but not .venv
+	rm -rf build dist bench/out gfl_kernels.egg-info gfl_kernels/lib gfl_kernels/include
+	rm -f gfl_kernels/_C.* gfl_kernels/_build_report.json $(VENV)/.package
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# The first interpreter of at least 3.10 that can make virtual environments.
+$(PY):
+	@for python in $${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do \
+	  if $$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	    echo "creating $(VENV) with $$($$python --version)"; exec $$python -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo 'no Python >= 3.10 with venv and ensurepip was found (Debian: apt-get install python3-venv);' \
+	  'name one with: make PYTHON=/path/to/python3' >&2; exit 1
+
+$(VENV)/.requirements: requirements-dev.txt | $(PY)
+	grep -v '^mm' requirements-dev.txt | $(PIP) install --disable-pip-version-check -q -r /dev/stdin
+	grep '^mm' requirements-dev.txt | $(PIP) install --disable-pip-version-check -q --no-deps -r /dev/stdin
+	touch $@
+
+$(VENV)/.package: $(VENV)/.requirements $(NATIVE_SOURCES)
+	$(PIP) install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+	@$(PY) -m gfl_kernels
+	touch $@

@@ -1,0 +1,275 @@
+"""Who competes: the eager losses of bench.eager, their torch.compile forms, and gfl_kernels.
+
+Every contestant is a function of the logits alone; targets, weights and avg_factor are made
+beforehand and shared. The truth is gfl_kernels.reference in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gfl_kernels
+from bench import eager
+from bench.cases import Case
+from gfl_kernels import reference
+
+EAGER = "eager"
+OURS = "ours"
+COMPILE = "compile: "  # prefix of every torch.compile form
+# --quick leaves these forms out to stay under two minutes; the full run times every form.
+NOT_QUICK = {"qfl": ["as is"], "dfl": ["one log-softmax"], "integral": []}
+SEED = 20201
+POSITIVES = 0.01  # share of anchors with an object, as ATSS assigns them on COCO
+
+
+@dataclass
+class Inputs:
+    """Everything a call needs; logits is a leaf that requires grad."""
+
+    logits: Tensor
+    target: tuple[Tensor, Tensor] | Tensor | None
+    weight: Tensor | None
+    avg_factor: float | None
+    upstream: Tensor | None  # float32 gradient of a result that is not a scalar
+
+
+def make_inputs(case: Case, constant: float | None = None) -> Inputs:
+    """Seeded inputs. constant: logits of one value instead (DFL: all bins that far below one)."""
+    random = torch.Generator().manual_seed(SEED)
+    dtype = getattr(torch, case.dtype)
+    n, c = case.rows, case.width
+    maker = {"qfl": _quality_inputs, "dfl": _distribution_inputs, "integral": _integral_inputs}
+    inputs = maker[case.op](case, n, c, dtype, random)
+    if constant is not None:
+        logits = torch.full_like(inputs.logits, constant, requires_grad=False)
+        if case.op != "qfl":
+            logits[:, c // 4] = 0.0
+        inputs = replace(inputs, logits=logits)
+    inputs.logits = inputs.logits.detach().requires_grad_()
+    if not case.weighted:
+        inputs.weight = inputs.avg_factor = None
+    return inputs
+
+
+def _quality_inputs(case: Case, n: int, c: int, dtype, random) -> Inputs:
+    # A trained head's logits: nearly all negative (prior 0.01 is -4.6), with a wide spread.
+    logits = torch.randn(case.shape, generator=random) * 2 - 3
+    if case.form == "probability":
+        logits = logits.sigmoid()
+    positive = torch.zeros(n, dtype=torch.bool)
+    positive[torch.randperm(n, generator=random)[: max(8, int(n * POSITIVES))]] = True
+    label = torch.where(positive, torch.randint(0, c, (n,), generator=random), c)
+    score = torch.where(positive, torch.rand(n, generator=random), 0.0).to(dtype)
+    weight = torch.rand(n, generator=random) + 0.5
+    target: tuple[Tensor, Tensor] | Tensor = (label, score)
+    if case.form == "dense":
+        target = torch.zeros(n, c, dtype=dtype)
+        target[positive, label[positive]] = score[positive]
+    if case.nchw:
+        cells = (case.shape[0], *case.shape[2:])
+        target = (label.view(cells), score.view(cells))
+        weight = weight.view(cells)
+    return Inputs(logits.to(dtype), target, weight, float(positive.sum()), None)
+
+
+def _distribution_inputs(case: Case, n: int, k: int, dtype, random) -> Inputs:
+    logits = (torch.randn(n, k, generator=random) * 2).to(dtype)
+    target = torch.rand(n, generator=random) * (k - 1 - 0.1)  # mmdetection clamps there
+    weight = torch.rand(n, generator=random) * 0.9 + 0.1
+    return Inputs(logits, target, weight, float(weight.sum()), None)
+
+
+def _integral_inputs(case: Case, n: int, k: int, dtype, random) -> Inputs:
+    logits = (torch.randn(n // 4, 4 * k, generator=random) * 2).to(dtype)
+    upstream = torch.randn(n // 4, 4, generator=random)
+    return Inputs(logits, None, None, None, upstream)
+
+
+def truth(case: Case, inputs: Inputs, chunk: int = 1 << 13) -> tuple[Tensor, Tensor]:
+    """(result, gradient) in float64, a chunk of rows at a time so that memory stays small."""
+    results, gradients = [], []
+    size = 1 if case.nchw else chunk
+    for start in range(0, len(inputs.logits), size):
+        part = slice(start, start + size)
+        x = inputs.logits.detach()[part].double().requires_grad_()
+        result = _truth_rows(case, inputs, part, x)
+        upstream = None if inputs.upstream is None else inputs.upstream[part].double()
+        result.backward(upstream)
+        results.append(result.detach())
+        gradients.append(x.grad)
+    result = torch.cat(results) if inputs.upstream is not None else torch.stack(results).sum()
+    return result, torch.cat(gradients)
+
+
+def terms(case: Case, inputs: Inputs) -> Tensor:
+    """Size of the terms whose difference the gradient is; float64, broadcasts over the logits.
+
+    An integral's p_k (y_k - E) g, with y and E up to K - 1; a softmax's (p_k - t_k) w; and for the
+    quality losses (s - q) w on rows with an object. Background rows have s alone: nothing cancels.
+    """
+    if case.op == "integral":
+        return inputs.upstream.double().abs().repeat_interleave(case.width, 1) * (case.width - 1)
+    target, divisor = inputs.target, _divisor(case, inputs)
+    if case.op == "dfl":
+        size = torch.ones_like(target)
+    elif isinstance(target, tuple):
+        size = (target[1] > 0).float()
+    else:
+        size = (target > 0).any(1).float()
+    if inputs.weight is not None:
+        size = size * inputs.weight
+    return (size.double() / divisor).unsqueeze(1)
+
+
+def _divisor(case: Case, inputs: Inputs) -> float:
+    return inputs.avg_factor + reference.EPS if inputs.avg_factor is not None else case.rows
+
+
+def _truth_rows(case: Case, inputs: Inputs, part: slice, x: Tensor) -> Tensor:
+    if case.op == "integral":
+        return reference.integral(x.view(len(x), 4, case.width))
+    divisor = _divisor(case, inputs)
+    weight = None if inputs.weight is None else inputs.weight[part].double()
+    if case.op == "dfl":
+        target = inputs.target[part].double()
+        return (
+            reference.distribution_focal_loss(x, target, weight=weight, reduction="sum") / divisor
+        )
+    if isinstance(inputs.target, tuple):
+        label, score = inputs.target
+        target = (label[part], score[part].double())
+    else:
+        target = inputs.target[part].double()
+    total = reference.quality_focal_loss(
+        x,
+        target,
+        weight=weight,
+        reduction="sum",
+        activated=case.form == "probability",
+        class_dim=1 if case.nchw else -1,
+    )
+    return total / divisor
+
+
+# torch.compile's better forms: what a user who knows the compiler would write by hand. No nonzero,
+# no index assignment, one graph, so that inductor can fuse the loss into one loop each way.
+
+
+def _reduce(loss: Tensor, weight: Tensor | None, avg_factor: float | None) -> Tensor:
+    return eager.weight_reduce_loss(loss, weight, "mean", avg_factor)
+
+
+def branch_free_quality(pred, target, weight=None, *, activated=False, avg_factor=None):
+    """One formula for positives and negatives: with q = 0 the negatives' branch is the same."""
+    if isinstance(target, Tensor):
+        q = target
+    else:
+        label, score = target
+        classes = torch.arange(pred.shape[1], device=pred.device)
+        classes = classes.view(-1, *[1] * (pred.dim() - 2))  # dimension 1 also of NCHW maps
+        q = torch.where(label.unsqueeze(1) == classes, score.unsqueeze(1), 0.0)
+    s = pred if activated else pred.sigmoid()
+    cross_entropy = F.binary_cross_entropy if activated else F.binary_cross_entropy_with_logits
+    loss = cross_entropy(pred, q, reduction="none") * (s - q).abs().pow(2.0)
+    return _reduce(loss.sum(1), weight, avg_factor)
+
+
+def log_softmax_distribution(pred, target, weight=None, *, avg_factor=None):
+    """One log-softmax for both bins, gathered."""
+    left = target.long()
+    log_p = F.log_softmax(pred.float(), dim=1)
+    wr = target - left.float()
+    loss = -(
+        log_p.gather(1, left[:, None])[:, 0] * (1 - wr)
+        + log_p.gather(1, left[:, None] + 1)[:, 0] * wr
+    )
+    return _reduce(loss, weight, avg_factor)
+
+
+def hat_distribution(pred, target, weight=None, *, avg_factor=None):
+    """Both weights as one hat function over the bins: no gather, so no scatter in backward."""
+    bins = torch.arange(pred.shape[1], device=pred.device, dtype=torch.float32)
+    hat = (1 - (bins - target[:, None]).abs()).clamp(min=0)
+    loss = -(F.log_softmax(pred.float(), dim=1) * hat).sum(1)
+    return _reduce(loss, weight, avg_factor)
+
+
+def summed_integral(x, reg_max):
+    """The linear map as a product and a sum, which fuses with the softmax."""
+    x = F.softmax(x.view(-1, 4, reg_max + 1).float(), dim=2)
+    return (x * torch.arange(reg_max + 1, device=x.device, dtype=torch.float32)).sum(2)
+
+
+def contestants(case: Case, inputs: Inputs, compiled: bool = True) -> dict[str, Callable]:
+    """name -> function of the logits; the compiled forms are compiled at their first call."""
+    eager_form, best_forms, ours = forms(case, inputs)
+    table = {EAGER: eager_form}
+    if compiled:
+        table[f"{COMPILE}as is"] = torch.compile(eager_form, dynamic=False)
+        for name, form in best_forms.items():
+            table[COMPILE + name] = torch.compile(form, dynamic=False, fullgraph=True)
+    table[OURS] = ours
+    return table
+
+
+def ours(case: Case, inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    return forms(case, inputs)[2]
+
+
+def forms(case: Case, inputs: Inputs) -> tuple[Callable, dict[str, Callable], Callable]:
+    """(eager, forms for the compiler by name, ours), none of them compiled."""
+    target, weight, avg_factor = inputs.target, inputs.weight, inputs.avg_factor
+    if case.op == "integral":
+        reg_max = case.width - 1
+        module, fused = eager.Integral(reg_max), gfl_kernels.Integral(reg_max)
+        return module, {"product and sum": lambda x: summed_integral(x, reg_max)}, fused
+    if case.op == "dfl":
+        return (
+            lambda x: eager.distribution_focal_loss(x, target, weight, avg_factor=avg_factor),
+            {
+                "one log-softmax": lambda x: log_softmax_distribution(
+                    x, target, weight, avg_factor=avg_factor
+                ),
+                "hat": lambda x: hat_distribution(x, target, weight, avg_factor=avg_factor),
+            },
+            lambda x: gfl_kernels.distribution_focal_loss(
+                x, target, weight=weight, avg_factor=avg_factor
+            ),
+        )
+    activated = case.form == "probability"
+    upstream_form = {
+        "sparse": eager.quality_focal_loss,
+        "dense": eager.quality_focal_loss_tensor_target,
+        "probability": eager.quality_focal_loss_with_prob,
+    }[case.form]
+    # Heads flatten the maps of a level into rows; a fused op reads them where they lie.
+    flat_target, flat_weight, flatten = target, weight, lambda x: x
+    if case.nchw:
+        flat_target = tuple(part.reshape(-1) for part in target)
+        flat_weight = weight.reshape(-1)
+
+        def flatten(x):
+            return x.permute(0, 2, 3, 1).reshape(-1, case.width)
+
+    return (
+        lambda x: upstream_form(flatten(x), flat_target, flat_weight, avg_factor=avg_factor),
+        {
+            # With class_dim = 1 the compiler, too, may read the maps where they lie.
+            "branch-free": lambda x: branch_free_quality(
+                x, target, weight, activated=activated, avg_factor=avg_factor
+            )
+        },
+        lambda x: gfl_kernels.quality_focal_loss(
+            x,
+            target,
+            weight=weight,
+            avg_factor=avg_factor,
+            activated=activated,
+            class_dim=1 if case.nchw else -1,
+        ),
+    )

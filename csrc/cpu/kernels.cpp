@@ -1,0 +1,844 @@
+// The CPU kernels, compiled once per instruction set (GFL_ISA names it). Two kernel bodies, one per family:
+//
+// quality_tile runs along elements that are contiguous in memory, whatever they are: rows of classes, or one class
+// plane of an NCHW tensor. What is not contiguous, or not of the accumulation type, is staged through L1 first.
+//
+// distribution_group runs over the bins of as many rows as a vector has lanes, one row per lane, so that no reduction
+// crosses lanes; rows whose bins are contiguous are transposed on the way in and out.
+//
+// Only internal linkage and no std templates in here: the linker may keep one copy of a shared inline function for all
+// instruction sets.
+#include "kernels.h"
+#include "simd.h"
+
+#include "../math.h"
+
+#define GFL_CONCAT_(a, b) a##b
+#define GFL_CONCAT(a, b) GFL_CONCAT_(a, b)
+#define GFL_STRING_(a) #a
+#define GFL_STRING(a) GFL_STRING_(a)
+
+namespace gfl {
+namespace {
+
+template <typename S>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <typename S>
+using Accumulator = typename AccumulatorOf<S>::type;
+
+template <typename A>
+constexpr gfl_dtype kDtype = sizeof(A) == 8 ? GFL_FLOAT64 : GFL_FLOAT32;
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- single values and strided runs of any dtype --------------------------------------------------------------------
+
+float to_number(bfloat16 v) { return widen(U16{} + v.bits, bfloat16{})[0]; }
+float to_number(float16 v) { return widen(U16{} + v.bits, float16{})[0]; }
+template <typename S>
+S to_number(S v) {
+  return v;
+}
+template <typename S, typename A>
+S from_number(A v) {
+  if constexpr (sizeof(S) == 2) {
+    return S{narrow(broadcast<F32>(v), S{})[0]};
+  } else {
+    return static_cast<S>(v);
+  }
+}
+
+template <typename To, typename From>
+void convert_run(const From* from, int64_t stride, int64_t n, To* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(to_number(from[i * stride]));
+}
+
+// n values of an operand, from element offset on, stride apart.
+template <typename To>
+void load_run(const Operand& o, int64_t offset, int64_t stride, int64_t n, To* to) {
+  switch (o.dtype) {
+#define GFL_CASE(code, type) \
+  case code:                 \
+    return convert_run(reinterpret_cast<const type*>(o.data) + offset, stride, n, to)
+    GFL_CASE(GFL_FLOAT32, float);
+    GFL_CASE(GFL_FLOAT64, double);
+    GFL_CASE(GFL_BFLOAT16, bfloat16);
+    GFL_CASE(GFL_FLOAT16, float16);
+    GFL_CASE(GFL_INT64, int64_t);
+    GFL_CASE(GFL_INT32, int32_t);
+    GFL_CASE(GFL_INT16, int16_t);
+    GFL_CASE(GFL_INT8, int8_t);
+    GFL_CASE(GFL_UINT8, uint8_t);
+    GFL_CASE(GFL_BOOL, bool);
+#undef GFL_CASE
+  }
+}
+
+// The classes of n rows; -1 for whatever is no class in [0, classes): -1, 255, NaN, 1.5.
+void load_labels(const Operand& o, int64_t offset, int64_t stride, int64_t n, int64_t classes, int64_t* to) {
+  if (o.dtype == GFL_FLOAT32 || o.dtype == GFL_FLOAT64 || o.dtype == GFL_BFLOAT16 || o.dtype == GFL_FLOAT16) {
+    for (int64_t i = 0; i < n; ++i) {
+      double value;
+      load_run(o, offset + i * stride, 1, 1, &value);
+      const bool inside = value >= 0 && value < static_cast<double>(classes);
+      const int64_t label = inside ? static_cast<int64_t>(value) : -1;
+      to[i] = static_cast<double>(label) == value ? label : -1;
+    }
+    return;
+  }
+  load_run(o, offset, stride, n, to);
+  for (int64_t i = 0; i < n; ++i) to[i] = to[i] >= 0 && to[i] < classes ? to[i] : -1;
+}
+
+// Cuts arrays out of the scratch memory.
+class Scratch {
+ public:
+  explicit Scratch(void* memory) : next_(static_cast<char*>(memory)) {}
+  template <typename T>
+  T* take(int64_t n) {
+    T* const array = reinterpret_cast<T*>(next_);
+    next_ += (n * static_cast<int64_t>(sizeof(T)) + 127) / 64 * 64;
+    return array;
+  }
+
+ private:
+  char* next_;
+};
+
+// ---- quality family -------------------------------------------------------------------------------------------------
+
+struct Background {  // beta = 2, q = 0
+  static constexpr bool kTarget = false;
+  template <typename V>
+  GFL_INLINE LossGrad<V> apply(const Background&, V x, V) {
+    return quality_background_loss_grad(x);
+  }
+};
+struct Square {  // beta = 2
+  static constexpr bool kTarget = true;
+  template <typename V>
+  GFL_INLINE LossGrad<V> apply(const Square&, V x, V q) {
+    return quality_square_loss_grad(x, q);
+  }
+};
+struct General {
+  static constexpr bool kTarget = true;
+  double beta;
+  template <typename V>
+  GFL_INLINE LossGrad<V> apply(const General& f, V x, V q) {
+    return quality_loss_grad(x, q, static_cast<scalar_t<V>>(f.beta));
+  }
+};
+struct Probability {
+  static constexpr bool kTarget = true;
+  double beta;
+  template <typename V>
+  GFL_INLINE LossGrad<V> apply(const Probability& f, V p, V q) {
+    return quality_probability_loss_grad(p, q, static_cast<scalar_t<V>>(f.beta));
+  }
+};
+
+// n contiguous elements: x logits, q targets, w weights (both optional by template), factor for every gradient.
+// Writes the weighted loss of every element if losses is there; returns their sum.
+template <bool kWeight, bool kGrad, typename Formula, typename S, typename A>
+double quality_tile(const Formula& formula, const S* x, const A* q, const A* w, S* grad, A* losses, int64_t n,
+                    A factor) {
+  using V = Vector<A>;
+  constexpr int lanes = kLanes<A>;
+  const V zeros{};
+  const auto evaluate = [&](V xv, V qv, V wv) __attribute__((always_inline)) {
+    LossGrad<V> r = Formula::apply(formula, xv, qv);
+    if constexpr (kWeight) {
+      const auto unread = wv == A(0);
+      r.loss = select(unread, zeros, r.loss * wv);
+      r.grad = select(unread, zeros, r.grad * wv);
+    }
+    r.grad = r.grad * factor;
+    return r;
+  };
+  // Vectors at a time: a chain of some 25 dependent operations leaves the units idle unless others fill them.
+  constexpr int ways = 4;
+  V sum[ways] = {};
+  int64_t i = 0;
+  for (; i + ways * lanes <= n; i += ways * lanes) {
+    V xv[ways], qv[ways] = {}, wv[ways] = {};
+    LossGrad<V> r[ways];
+    for (int u = 0; u < ways; ++u) {
+      xv[u] = load(x + i + u * lanes);
+      if constexpr (Formula::kTarget) qv[u] = load(q + i + u * lanes);
+      if constexpr (kWeight) wv[u] = load(w + i + u * lanes);
+    }
+    for (int u = 0; u < ways; ++u) r[u] = evaluate(xv[u], qv[u], wv[u]);
+    for (int u = 0; u < ways; ++u) {
+      if constexpr (kGrad) store(grad + i + u * lanes, r[u].grad);
+      sum[u] = sum[u] + r[u].loss;
+    }
+    if (losses) {
+      for (int u = 0; u < ways; ++u) store(losses + i + u * lanes, r[u].loss);
+    }
+  }
+  for (; i < n; i += lanes) {
+    const int rest = static_cast<int>(smaller(lanes, n - i));
+    V qv{}, wv{};
+    if constexpr (Formula::kTarget) qv = load_first(q + i, rest);
+    if constexpr (kWeight) wv = load_first(w + i, rest);
+    LossGrad<V> r = evaluate(load_first(x + i, rest), qv, wv);
+    // The lanes beyond n hold a logit of 0, whose loss must not count.
+    r.loss = first_lanes(r.loss, rest);
+    if constexpr (kGrad) store_first(grad + i, r.grad, rest);
+    if (losses) store_first(losses + i, r.loss, rest);
+    sum[0] = sum[0] + r.loss;
+  }
+  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+template <typename S>
+class Quality {
+  using A = Accumulator<S>;
+
+ public:
+  Quality(const QualityProblem& problem, void* memory) : p_(problem), inner_(problem.ndim - 1) {
+    Scratch scratch(memory);
+    const int64_t n = tile_elements(p_.classes);
+    x_ = scratch.take<S>(n);
+    grad_ = scratch.take<S>(n);
+    q_ = scratch.take<A>(n);
+    w_ = scratch.take<A>(n);
+    losses_ = scratch.take<A>(n);
+    row_weight_ = scratch.take<A>(n);
+    row_score_ = scratch.take<A>(n);
+    row_loss_ = scratch.take<A>(n);
+    label_ = scratch.take<int64_t>(n);
+    square_ = p_.beta == 2 && !p_.probabilities;
+  }
+
+  double run(int64_t begin, int64_t count) {
+    const int64_t classes = p_.classes;
+    const bool planes = p_.pred.row[inner_] == 1 && !(p_.pred.column == 1 && classes > 1) &&
+                        (!p_.grad.data || p_.grad.row[inner_] == 1);
+    const int64_t step = planes ? kTile / 2 : (classes < kTile ? kTile / classes : 1);
+    double total = 0;
+    for (int64_t r = begin; r < begin + count; r += step) {
+      const int64_t rows = smaller(step, begin + count - r);
+      load_row_weights(r, rows);
+      if (uniform_ && row_weight_[0] == 0) {
+        write_zeros(r, rows);
+      } else if (planes) {
+        total += tile_of_planes(r, rows);
+      } else if (some_zero_ && classes >= 32) {
+        total += row_by_row(r, rows);
+      } else {
+        total += tile_of_rows(r, rows, row_weight_);
+      }
+    }
+    return total;
+  }
+
+ private:
+  int64_t at(const Operand& o, int64_t row) const { return row * o.row[inner_]; }
+
+  // row_weight_: the weight times the upstream gradient of each row. uniform_: they are all the same.
+  void load_row_weights(int64_t r, int64_t rows) {
+    const bool weighted = p_.weight.data && !p_.weight_per_class;
+    const int64_t n = weighted || p_.grad_loss.data ? rows : 1;
+    if (weighted) {
+      load_run(p_.weight, at(p_.weight, r), p_.weight.row[inner_], n, row_weight_);
+    } else {
+      for (int64_t i = 0; i < n; ++i) row_weight_[i] = 1;
+    }
+    if (p_.grad_loss.data) {
+      load_run(p_.grad_loss, at(p_.grad_loss, r), p_.grad_loss.row[inner_], n, losses_);
+      // A row of weight 0 stays out whatever comes from upstream.
+      for (int64_t i = 0; i < n; ++i) row_weight_[i] = row_weight_[i] == 0 ? 0 : row_weight_[i] * losses_[i];
+    }
+    bool differ = false, zero = false;
+    for (int64_t i = 0; i < n; ++i) {
+      differ |= !(row_weight_[i] == row_weight_[0]);
+      zero |= row_weight_[i] == 0;
+    }
+    uniform_ = !differ;
+    some_zero_ = zero;
+  }
+
+  void write_zeros(int64_t r, int64_t rows) {
+    S* const grad = reinterpret_cast<S*>(p_.grad.data);
+    for (int64_t i = r; grad && i < r + rows; ++i) {
+      for (int64_t c = 0; c < p_.classes; ++c) grad[at(p_.grad, i) + c * p_.grad.column] = S{};
+    }
+    A* const loss = reinterpret_cast<A*>(p_.loss.data);
+    for (int64_t i = r; loss && i < r + rows; ++i) loss[at(p_.loss, i)] = 0;
+  }
+
+  // Rows of weight 0 are not read.
+  double row_by_row(int64_t r, int64_t rows) {
+    double total = 0;
+    uniform_ = true;
+    for (int64_t i = 0; i < rows; ++i) {
+      if (row_weight_[i] == 0) {
+        write_zeros(r + i, 1);
+      } else {
+        total += tile_of_rows(r + i, 1, row_weight_ + i);
+      }
+    }
+    return total;
+  }
+
+  template <typename T>
+  static bool direct(const Operand& o, int64_t row_stride, int64_t rows, int64_t classes) {
+    return o.dtype == kDtype<T> && o.column == 1 && (rows == 1 || row_stride == classes);
+  }
+
+  // Whole rows, class after class.
+  double tile_of_rows(int64_t r, int64_t rows, const A* row_weight) {
+    const int64_t classes = p_.classes, n = rows * classes;
+    const auto packed = [&](const Operand& o) {
+      return (o.column == 1 || classes == 1) && (rows == 1 || o.row[inner_] == classes);
+    };
+    const S* x = reinterpret_cast<const S*>(p_.pred.data) + at(p_.pred, r);
+    if (!packed(p_.pred)) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const S* const row = x + i * p_.pred.row[inner_];
+        for (int64_t c = 0; c < classes; ++c) x_[i * classes + c] = row[c * p_.pred.column];
+      }
+      x = x_;
+    }
+
+    const A* q = q_;
+    bool background = false;
+    if (p_.score.data) {
+      load_labels(p_.target, at(p_.target, r), p_.target.row[inner_], rows, classes, label_);
+      background = square_;
+      for (int64_t i = 0; i < rows; ++i) background &= label_[i] < 0;
+      if (!background) {
+        load_run(p_.score, at(p_.score, r), p_.score.row[inner_], rows, row_score_);
+        memset(q_, 0, n * sizeof(A));
+        for (int64_t i = 0; i < rows; ++i) {
+          if (label_[i] >= 0) q_[i * classes + label_[i]] = row_score_[i];
+        }
+      }
+    } else if (p_.target.dtype == kDtype<A> && packed(p_.target)) {
+      q = reinterpret_cast<const A*>(p_.target.data) + at(p_.target, r);
+    } else {
+      stage(p_.target, r, rows, q_);
+    }
+
+    const A* w = nullptr;
+    A factor = static_cast<A>(p_.scale);
+    A loss_factor = 1;
+    if (p_.weight_per_class) {
+      stage(p_.weight, r, rows, w_);
+      for (int64_t i = 0; i < rows && p_.grad_loss.data; ++i) {
+        const A upstream = row_weight[uniform_ ? 0 : i];
+        for (int64_t c = 0; c < classes; ++c) w_[i * classes + c] *= upstream;
+      }
+      w = w_;
+    } else if (uniform_) {
+      loss_factor = row_weight[0];
+      factor = static_cast<A>(p_.scale * row_weight[0]);
+    } else {
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t c = 0; c < classes; ++c) w_[i * classes + c] = row_weight[i];
+      }
+      w = w_;
+    }
+
+    S* const out = reinterpret_cast<S*>(p_.grad.data);
+    const bool in_place = out && packed(p_.grad);
+    S* const grad = !out ? nullptr : in_place ? out + at(p_.grad, r) : grad_;
+    const double sum = tile(background, x, q, w, grad, p_.loss.data ? losses_ : nullptr, n, factor);
+    if (out && !in_place) {
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t c = 0; c < classes; ++c) {
+          out[at(p_.grad, r + i) + c * p_.grad.column] = grad_[i * classes + c];
+        }
+      }
+    }
+    if (p_.loss.data) {
+      for (int64_t i = 0; i < rows; ++i) {
+        write_loss(r + i, sum_run(losses_ + i * classes, classes) * loss_factor);
+      }
+    }
+    return sum * loss_factor;
+  }
+
+  // A run of neighbouring anchors, one class plane after the other: [B, C, H, W].
+  double tile_of_planes(int64_t r, int64_t rows) {
+    const int64_t classes = p_.classes;
+    int64_t positives = 0;
+    int64_t* const positive = label_ + rows;  // step is half a tile
+    if (p_.score.data) {
+      load_labels(p_.target, at(p_.target, r), p_.target.row[inner_], rows, classes, label_);
+      load_run(p_.score, at(p_.score, r), p_.score.row[inner_], rows, row_score_);
+      for (int64_t i = 0; i < rows; ++i) {
+        if (label_[i] >= 0) positive[positives++] = i;
+      }
+      memset(q_, 0, rows * sizeof(A));
+    }
+    const bool spread = !uniform_ && !p_.weight_per_class;
+    const A factor = static_cast<A>(uniform_ ? p_.scale * row_weight_[0] : p_.scale);
+    const double loss_factor = uniform_ ? row_weight_[0] : 1;
+    if (p_.loss.data) memset(row_loss_, 0, rows * sizeof(A));
+    double total = 0;
+    for (int64_t c = 0; c < classes; ++c) {
+      const A* q = q_;
+      bool background = false;
+      if (p_.score.data) {
+        background = square_;
+        for (int64_t i = 0; i < positives; ++i) {
+          if (label_[positive[i]] == c) {
+            q_[positive[i]] = row_score_[positive[i]];
+            background = false;
+          }
+        }
+      } else if (p_.target.dtype == kDtype<A> && p_.target.row[inner_] == 1) {
+        q = reinterpret_cast<const A*>(p_.target.data) + at(p_.target, r) + c * p_.target.column;
+      } else {
+        load_run(p_.target, at(p_.target, r) + c * p_.target.column, p_.target.row[inner_], rows, q_);
+      }
+      const A* w = spread ? row_weight_ : nullptr;
+      if (p_.weight_per_class) {
+        load_run(p_.weight, at(p_.weight, r) + c * p_.weight.column, p_.weight.row[inner_], rows, w_);
+        for (int64_t i = 0; i < rows && !uniform_; ++i) w_[i] *= row_weight_[i];
+        w = w_;
+      }
+      const S* const x = reinterpret_cast<const S*>(p_.pred.data) + at(p_.pred, r) + c * p_.pred.column;
+      S* const out = reinterpret_cast<S*>(p_.grad.data);
+      S* const grad = out ? out + at(p_.grad, r) + c * p_.grad.column : nullptr;
+      total += tile(background, x, q, w, grad, p_.loss.data ? losses_ : nullptr, rows, factor);
+      if (p_.loss.data) {
+        for (int64_t i = 0; i < rows; ++i) row_loss_[i] += losses_[i];
+      }
+      if (p_.score.data) {
+        for (int64_t i = 0; i < positives; ++i) q_[positive[i]] = 0;
+      }
+    }
+    for (int64_t i = 0; i < rows && p_.loss.data; ++i) write_loss(r + i, row_loss_[i] * loss_factor);
+    return total * loss_factor;
+  }
+
+  // rows x classes values of an operand with a value per element, packed.
+  void stage(const Operand& o, int64_t r, int64_t rows, A* to) {
+    for (int64_t i = 0; i < rows; ++i) {
+      load_run(o, at(o, r + i), o.column, p_.classes, to + i * p_.classes);
+    }
+  }
+
+  double tile(bool background, const S* x, const A* q, const A* w, S* grad, A* losses, int64_t n, A factor) {
+    if (background) return tile(Background{}, x, q, w, grad, losses, n, factor);
+    if (square_) return tile(Square{}, x, q, w, grad, losses, n, factor);
+    if (p_.probabilities) return tile(Probability{p_.beta}, x, q, w, grad, losses, n, factor);
+    return tile(General{p_.beta}, x, q, w, grad, losses, n, factor);
+  }
+  template <typename Formula>
+  double tile(const Formula& f, const S* x, const A* q, const A* w, S* grad, A* losses, int64_t n, A factor) {
+    if (grad) {
+      return w ? quality_tile<true, true>(f, x, q, w, grad, losses, n, factor)
+               : quality_tile<false, true>(f, x, q, w, grad, losses, n, factor);
+    }
+    return w ? quality_tile<true, false>(f, x, q, w, grad, losses, n, factor)
+             : quality_tile<false, false>(f, x, q, w, grad, losses, n, factor);
+  }
+
+  static double sum_run(const A* values, int64_t n) {
+    Vector<A> sum{};
+    int64_t i = 0;
+    for (; i + kLanes<A> <= n; i += kLanes<A>) sum = sum + load(values + i);
+    if (i < n) sum = sum + load_first(values + i, static_cast<int>(n - i));
+    return sum_lanes(sum);
+  }
+
+  void write_loss(int64_t row, double loss) {
+    reinterpret_cast<A*>(p_.loss.data)[at(p_.loss, row)] = static_cast<A>(loss * p_.scale);
+  }
+
+  const QualityProblem& p_;
+  const int inner_;
+  bool square_, uniform_ = true, some_zero_ = false;
+  S *x_, *grad_;
+  A *q_, *w_, *losses_, *row_weight_, *row_score_, *row_loss_;
+  int64_t* label_;
+};
+
+double quality(const QualityProblem& problem, int64_t begin, int64_t count, void* scratch) {
+  const FlushDenormals flush(!problem.probabilities);
+  switch (problem.pred.dtype) {
+    case GFL_FLOAT32:
+      return Quality<float>(problem, scratch).run(begin, count);
+    case GFL_FLOAT64:
+      return Quality<double>(problem, scratch).run(begin, count);
+    case GFL_BFLOAT16:
+      return Quality<bfloat16>(problem, scratch).run(begin, count);
+    default:
+      return Quality<float16>(problem, scratch).run(begin, count);
+  }
+}
+
+// ---- distribution family --------------------------------------------------------------------------------------------
+
+template <typename S>
+class Distribution {
+  using A = Accumulator<S>;
+  using V = Vector<A>;
+  static constexpr int kN = kLanes<A>;
+  static constexpr int kWays = 2;
+  static constexpr int kRows = 256;  // rows whose targets and weights are looked at together
+
+ public:
+  Distribution(const DistributionProblem& problem, void* memory)
+      : p_(problem), inner_(problem.ndim - 1), bins_(problem.bins) {
+    Scratch scratch(memory);
+    z_ = scratch.take<Pair>(bins_);
+  }
+
+  double run(int64_t begin, int64_t count) {
+    double total = 0;
+    for (int64_t r = begin; r < begin + count; r += kRows) {
+      total += block(r, smaller(kRows, begin + count - r));
+    }
+    return total;
+  }
+
+ private:
+  int64_t at(const Operand& o, int64_t row) const { return row * o.row[inner_]; }
+  bool is_integral() const { return p_.values.data; }
+
+  double block(int64_t r, int64_t rows) {
+    const int n = static_cast<int>(rows);
+    // Rows of weight 0 are not read; the integral's value has no weight.
+    const bool weighted = load_weights(r, n) && !(is_integral() && p_.loss.data);
+    int active = n;
+    if (weighted) {
+      active = 0;
+      for (int i = 0; i < n; ++i) {
+        index_[active] = i;
+        active += weight_[i] != 0;
+      }
+      if (active < n) write_zeros(r, n);
+    }
+    if (!is_integral()) load_targets(r, n);
+
+    V total{};
+    Group groups[kGroups];
+    for (int g = 0; g < active; g += kGroups * kN) {
+      for (int u = 0; u < kGroups; ++u) {
+        // Lanes beyond the last row repeat the first and count nothing.
+        const int first = g + u * kN, lanes = smaller(kN, active - first);
+        groups[u].lanes = lanes > 0 ? lanes : 0;
+        for (int i = 0; i < kN; ++i) {
+          const int at = i < lanes ? first + i : g;
+          groups[u].rows[i] = active < n ? index_[at] : at;
+        }
+        groups[u].together = lanes >= kN && groups[u].rows[kN - 1] - groups[u].rows[0] == kN - 1;
+      }
+      total = total + (is_integral() ? integral_groups(r, groups) : loss_groups(r, groups));
+    }
+    return sum_lanes(total);
+  }
+
+  // weight_: the weight times the upstream gradient of each row of a block. False if all are 1.
+  bool load_weights(int64_t r, int n) {
+    fill(weight_, n, A(1));
+    if (p_.weight.data) load_run(p_.weight, at(p_.weight, r), p_.weight.row[inner_], n, weight_);
+    if (p_.grad_loss.data) {
+      load_run(p_.grad_loss, at(p_.grad_loss, r), p_.grad_loss.row[inner_], n, wl_);
+      // A row of weight 0 stays out whatever comes from upstream.
+      for (int i = 0; i < n; ++i) weight_[i] = weight_[i] == 0 ? 0 : weight_[i] * wl_[i];
+    }
+    return p_.weight.data || p_.grad_loss.data;
+  }
+
+  // left_, wl_, wr_ of a block.
+  void load_targets(int64_t r, int n) {
+    load_run(p_.target, at(p_.target, r), p_.target.row[inner_], n, left_);
+    const A last = static_cast<A>(bins_ - 1);
+    if (p_.weight_left.data) {
+      load_run(p_.weight_left, at(p_.weight_left, r), p_.weight_left.row[inner_], n, wl_);
+      load_run(p_.weight_right, at(p_.weight_right, r), p_.weight_right.row[inner_], n, wr_);
+      for (int i = 0; i < n; i += kN) {
+        const V left = load(left_ + i);
+        store(left_ + i, select(left > last, broadcast<V>(last), select(left >= A(0), left, V{})));
+      }
+    } else {
+      for (int i = 0; i < n; i += kN) {
+        V left, wl, wr;
+        split_target(load(left_ + i), last, &left, &wl, &wr);
+        store(left_ + i, left);
+        store(wl_ + i, wl);
+        store(wr_ + i, wr);
+      }
+    }
+  }
+
+  // kN rows, one per lane, by their numbers within the block. Two such groups run side by side: the way from the logits
+  // to the loss is one long chain of dependent operations.
+  static constexpr int kGroups = 2;
+  struct Group {
+    int64_t rows[kN];
+    int lanes;      // that count
+    bool together;  // all of them, and neighbours
+  };
+  struct Pair {
+    V of[kGroups];
+    V& operator[](int u) { return of[u]; }
+    const V& operator[](int u) const { return of[u]; }
+  };
+#define GFL_EACH_GROUP _Pragma("GCC unroll 2") for (int u = 0; u < kGroups; ++u)
+
+  V loss_groups(int64_t r, const Group* groups) {
+    load_logits(r, groups);
+    const Pair high = highest();
+    const A last = static_cast<A>(bins_ - 1);
+    Pair w, left, right, wl, wr;
+    GFL_EACH_GROUP {
+      w[u] = first_lanes(gather(weight_, groups[u]), groups[u].lanes);
+      left[u] = gather(left_, groups[u]);
+      wl[u] = gather(wl_, groups[u]);
+      wr[u] = gather(wr_, groups[u]);
+      right[u] = select(left[u] + A(1) > last, broadcast<V>(last), left[u] + A(1));
+    }
+    Pair sums[kWays] = {}, z_left{}, z_right{};
+    V bin{};
+    each_bin([&](int64_t k, int way) __attribute__((always_inline)) {
+      GFL_EACH_GROUP {
+        const V shifted = z_[k][u] - high[u];
+        z_left[u] = select(left[u] == bin, shifted, z_left[u]);
+        z_right[u] = select(right[u] == bin, shifted, z_right[u]);
+        const V e = exponential(shifted);
+        sums[way][u] = sums[way][u] + e;
+        z_[k][u] = e;
+      }
+      bin = bin + A(1);
+    });
+    Pair sum, loss;
+    GFL_EACH_GROUP {
+      sum[u] = sums[0][u] + sums[1][u];
+      loss[u] = distribution_loss(logarithm(sum[u]), wl[u], wr[u], z_left[u], z_right[u]);
+      loss[u] = select(w[u] == A(0), V{}, loss[u] * w[u]);
+    }
+    if (p_.loss.data) {
+      GFL_EACH_GROUP write_values(r, groups[u], loss[u] * static_cast<A>(p_.scale));
+    }
+    if (p_.grad.data) {
+      Pair total;
+      GFL_EACH_GROUP {
+        const V factor = w[u] * static_cast<A>(p_.scale);
+        total[u] = (wl[u] + wr[u]) * reciprocal(sum[u]) * factor;
+        wl[u] = wl[u] * factor;
+        wr[u] = wr[u] * factor;
+      }
+      bin = V{};
+      each_bin([&](int64_t k, int) __attribute__((always_inline)) {
+        GFL_EACH_GROUP {
+          z_[k][u] = distribution_grad(z_[k][u] * total[u], left[u] == bin, right[u] == bin, wl[u], wr[u]);
+        }
+        bin = bin + A(1);
+      });
+      store_grads(r, groups);
+    }
+    return loss[0] + loss[1];
+  }
+
+  V integral_groups(int64_t r, const Group* groups) {
+    load_logits(r, groups);
+    const Pair high = highest();
+    const A* const values = reinterpret_cast<const A*>(p_.values.data);
+    Pair sums[kWays] = {}, moments[kWays] = {};
+    each_bin([&](int64_t k, int way) __attribute__((always_inline)) {
+      GFL_EACH_GROUP {
+        const V e = exponential(z_[k][u] - high[u]);
+        sums[way][u] = sums[way][u] + e;
+        moments[way][u] = moments[way][u] + e * values[k];
+        z_[k][u] = e;
+      }
+    });
+    Pair inverse, expectation;
+    GFL_EACH_GROUP {
+      inverse[u] = reciprocal(sums[0][u] + sums[1][u]);
+      expectation[u] = (moments[0][u] + moments[1][u]) * inverse[u];
+    }
+    if (p_.loss.data) {
+      GFL_EACH_GROUP write_values(r, groups[u], expectation[u]);
+    }
+    if (p_.grad.data) {
+      GFL_EACH_GROUP inverse[u] = inverse[u] * gather(weight_, groups[u]);
+      each_bin([&](int64_t k, int) __attribute__((always_inline)) {
+        GFL_EACH_GROUP {
+          z_[k][u] = expectation_grad(z_[k][u] * inverse[u], broadcast<V>(values[k]), expectation[u]);
+        }
+      });
+      store_grads(r, groups);
+    }
+    return V{};
+  }
+
+  // f(k, k % kWays): sums and maxima go to kWays accumulators, or each would wait for the one before.
+  template <typename F>
+  __attribute__((always_inline)) void each_bin(const F& f) const {
+    int64_t k = 0;
+    for (; k + kWays <= bins_; k += kWays) {
+      f(k, 0);
+      f(k + 1, 1);
+    }
+    if (k < bins_) f(k, 0);
+  }
+
+  Pair highest() const {
+    Pair high[kWays] = {z_[0], z_[0]};
+    each_bin([&](int64_t k, int way) __attribute__((always_inline)) {
+      GFL_EACH_GROUP high[way][u] = maximum(z_[k][u], high[way][u]);
+    });
+    GFL_EACH_GROUP high[0][u] = maximum(high[0][u], high[1][u]);
+    return high[0];
+  }
+
+  const S* logits(int64_t row) const { return reinterpret_cast<const S*>(p_.pred.data) + at(p_.pred, row); }
+  S* grads(int64_t row) const { return reinterpret_cast<S*>(p_.grad.data) + at(p_.grad, row); }
+
+  void load_logits(int64_t r, const Group* groups) {
+    GFL_EACH_GROUP load_rows(r, groups[u], u);
+  }
+  void store_grads(int64_t r, const Group* groups) {
+    GFL_EACH_GROUP {
+      if (groups[u].lanes > 0) store_rows(r, groups[u], u);
+    }
+  }
+
+  // z_[k][u] lane i = bin k of the group's row i.
+  void load_rows(int64_t r, const Group& group, int u) {
+    const int64_t stride = p_.pred.column;
+    if (p_.pred.row[inner_] == 1 && group.together) {
+      for (int64_t k = 0; k < bins_; ++k) z_[k][u] = load(logits(r + group.rows[0]) + k * stride);
+      return;
+    }
+    const S* row[kN];
+    for (int i = 0; i < kN; ++i) row[i] = logits(r + group.rows[i]);
+    int64_t k = 0;
+    if (stride == 1) {
+      V square[kN];
+      for (; k + kN <= bins_; k += kN) {
+        for (int i = 0; i < kN; ++i) square[i] = load(row[i] + k);
+        transpose(square);
+#pragma GCC unroll 16
+        for (int j = 0; j < kN; ++j) z_[k + j][u] = square[j];
+      }
+      if (const int rest = static_cast<int>(bins_ - k); rest > kN / 4) {
+        for (int i = 0; i < kN; ++i) square[i] = load_first(row[i] + k, rest);
+        transpose(square);
+#pragma GCC unroll 16
+        for (int j = 0; j < kN; ++j) {
+          if (j < rest) z_[k + j][u] = square[j];
+        }
+        return;
+      }
+    }
+    for (; k < bins_; ++k) {
+      A column[kN];
+#pragma GCC unroll 16
+      for (int i = 0; i < kN; ++i) column[i] = to_number(row[i][k * stride]);
+      z_[k][u] = load(column);
+    }
+  }
+
+  void store_rows(int64_t r, const Group& group, int u) {
+    const int64_t stride = p_.grad.column;
+    const int lanes = group.lanes;
+    if (p_.grad.row[inner_] == 1 && group.together) {
+      for (int64_t k = 0; k < bins_; ++k) store(grads(r + group.rows[0]) + k * stride, z_[k][u]);
+      return;
+    }
+    S* row[kN];
+    for (int i = 0; i < kN; ++i) row[i] = grads(r + group.rows[i]);
+    int64_t k = 0;
+    if (stride == 1) {
+      V square[kN];
+      for (; k + kN <= bins_; k += kN) {
+#pragma GCC unroll 16
+        for (int j = 0; j < kN; ++j) square[j] = z_[k + j][u];
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kN; ++i) {
+          if (i < lanes) store(row[i] + k, square[i]);
+        }
+      }
+      if (const int rest = static_cast<int>(bins_ - k); rest > kN / 4) {
+#pragma GCC unroll 16
+        for (int j = 0; j < kN; ++j) square[j] = j < rest ? z_[k + j][u] : V{};
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kN; ++i) {
+          if (i < lanes) store_first(row[i] + k, square[i], rest);
+        }
+        return;
+      }
+    }
+    for (; k < bins_; ++k) {
+      S column[kN];
+      store(column, z_[k][u]);
+      for (int i = 0; i < lanes; ++i) row[i][k * stride] = column[i];
+    }
+  }
+
+  // Gradient and loss of the block's rows of weight 0.
+  void write_zeros(int64_t r, int n) {
+    for (int i = 0; i < n; ++i) {
+      if (weight_[i] != 0) continue;
+      if (p_.grad.data) {
+        S* const row = grads(r + i);
+        for (int64_t k = 0; k < bins_; ++k) row[k * p_.grad.column] = S{};
+      }
+      if (p_.loss.data) write_out(r + i, 0);
+    }
+  }
+
+  void write_out(int64_t row, A value) { reinterpret_cast<A*>(p_.loss.data)[at(p_.loss, row)] = value; }
+
+  // A value per row of a group, out to memory or in from an array of the block.
+  void write_values(int64_t r, const Group& group, V values) {
+    for (int i = 0; i < group.lanes; ++i) write_out(r + group.rows[i], values[i]);
+  }
+  static V gather(const A* values, const Group& group) {
+    if (group.together) return load(values + group.rows[0]);
+    V v;
+    for (int i = 0; i < kN; ++i) v[i] = values[group.rows[i]];
+    return v;
+  }
+  static void fill(A* values, int n, A value) {
+    for (int i = 0; i < n; ++i) values[i] = value;
+  }
+
+  const DistributionProblem& p_;
+  const int inner_;
+  const int64_t bins_;
+  Pair* z_;  // [bins] one lane per row: logits, then exponentials, then gradients
+  A weight_[kRows], left_[kRows], wl_[kRows], wr_[kRows];
+  int64_t index_[kRows + 1];
+};
+
+double distribution(const DistributionProblem& problem, int64_t begin, int64_t count, void* scratch) {
+  const FlushDenormals flush(true);
+  switch (problem.pred.dtype) {
+    case GFL_FLOAT32:
+      return Distribution<float>(problem, scratch).run(begin, count);
+    case GFL_FLOAT64:
+      return Distribution<double>(problem, scratch).run(begin, count);
+    case GFL_BFLOAT16:
+      return Distribution<bfloat16>(problem, scratch).run(begin, count);
+    default:
+      return Distribution<float16>(problem, scratch).run(begin, count);
+  }
+}
+
+}  // namespace
+
+#define GFL_TABLE_baseline kBaseline
+#define GFL_TABLE_avx2 kAvx2
+#define GFL_TABLE_avx512 kAvx512
+extern const KernelTable GFL_CONCAT(GFL_TABLE_, GFL_ISA) = {GFL_STRING(GFL_ISA), &quality, &distribution};
+
+}  // namespace gfl

@@ -1,0 +1,66 @@
+// What the instruction-set specific kernels (kernels.cpp) and the code that drives them (api.cpp) agree on.
+#pragma once
+
+#include <cstdint>
+
+#include "gfl_kernels/gfl_kernels.h"
+
+namespace gfl {
+
+constexpr int kMaxDims = 8;  // of the rows, after dimensions that step together have been merged
+
+// One tensor of a problem. Strides in elements; row[d] along the d-th row dimension, column along classes or bins.
+struct Operand {
+  char* data = nullptr;  // null: absent
+  gfl_dtype dtype = GFL_FLOAT32;
+  int64_t row[kMaxDims] = {};
+  int64_t column = 0;
+};
+
+// A block of rows is a run along the innermost row dimension; its operands are offset to the run's outer index.
+struct QualityProblem {
+  int ndim;
+  int64_t size[kMaxDims];
+  int64_t classes;
+  Operand pred, target, score, weight, grad_loss, loss, grad;
+  bool weight_per_class;
+  bool probabilities;
+  double beta;
+  double scale;
+};
+
+struct DistributionProblem {
+  int ndim;
+  int64_t size[kMaxDims];
+  int64_t bins;
+  Operand pred, target, weight_left, weight_right, weight, grad_loss, loss, grad;
+  Operand values;  // [K], of the accumulation type; present: the integral, else the loss
+  double scale;
+};
+
+// Rows [begin, begin + count) of the innermost dimension, the operands' data already moved to the outer index. Returns
+// the sum of the weighted row losses, not scaled. scratch: scratch_bytes(columns) bytes, aligned to 64, any content.
+struct KernelTable {
+  const char* name;
+  double (*quality)(const QualityProblem&, int64_t begin, int64_t count, void* scratch);
+  double (*distribution)(const DistributionProblem&, int64_t begin, int64_t count, void* scratch);
+};
+
+// Elements a tile holds at most, unless a single row is longer. Small enough for L1 with its targets and weights.
+constexpr int64_t kTile = 1536;
+
+constexpr int64_t tile_elements(int64_t columns) { return columns > kTile ? columns : kTile; }
+// Nine arrays of at most 8 bytes an element, each with a vector's room behind it; or two vectors per bin.
+constexpr int64_t scratch_bytes(int64_t columns) {
+  const int64_t tile = 9 * (tile_elements(columns) * 8 + 128), bins = columns * 128 + 256;
+  return tile > bins ? tile : bins;
+}
+
+extern const KernelTable kBaseline;
+extern const KernelTable kAvx2;
+extern const KernelTable kAvx512;
+
+// The table in use, or null if GFL_CPU_ISA asks for one that cannot run here.
+const KernelTable* kernels();
+
+}  // namespace gfl

@@ -1,0 +1,328 @@
+// Vectors of one instruction set, on GCC's and Clang's vector extension: the same source is SSE2, AVX2, AVX-512 or
+// NEON, depending on the flags it is compiled with. Included by kernels.cpp alone; everything has internal linkage.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace gfl {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+#define GFL_INLINE static inline __attribute__((always_inline))
+
+// 16-bit floating types as they lie in memory.
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+typedef float F32 __attribute__((vector_size(kVectorBytes)));
+typedef double F64 __attribute__((vector_size(kVectorBytes)));
+typedef int32_t I32 __attribute__((vector_size(kVectorBytes)));
+typedef int64_t I64 __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t U32 __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t U64 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t U16 __attribute__((vector_size(kVectorBytes / 2)));  // as many lanes as U32
+
+template <typename T>
+struct VectorTraits;
+template <>
+struct VectorTraits<F32> {
+  using scalar = float;
+  using integer = I32;
+};
+template <>
+struct VectorTraits<F64> {
+  using scalar = double;
+  using integer = I64;
+};
+template <typename T>
+using scalar_t = typename VectorTraits<T>::scalar;
+
+template <typename A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = F32;
+};
+template <>
+struct VectorOf<double> {
+  using type = F64;
+};
+template <typename A>
+using Vector = typename VectorOf<A>::type;
+template <typename A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+template <typename S>
+constexpr S smallest();
+template <>
+constexpr float smallest<float>() {
+  return 1.1754943508222875e-38f;
+}
+template <>
+constexpr double smallest<double>() {
+  return 2.2250738585072014e-308;
+}
+
+// ---- the primitives math.h is written in ----------------------------------------------------------------------------
+
+template <typename T>
+GFL_INLINE T broadcast(scalar_t<T> value) {
+  return T{} + value;
+}
+GFL_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
+GFL_INLINE F64 select(I64 mask, F64 yes, F64 no) { return mask ? yes : no; }
+
+// The larger of the two; b if either is NaN: x86's own rule, for which GCC makes two instructions of a select.
+GFL_INLINE F32 maximum(F32 a, F32 b) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (F32)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (F32)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
+GFL_INLINE F64 maximum(F64 a, F64 b) { return select(a > b, a, b); }
+GFL_INLINE F32 negative_abs(F32 x) { return (F32)((U32)x | 0x80000000u); }
+GFL_INLINE F64 negative_abs(F64 x) { return (F64)((I64)x | INT64_MIN); }
+
+// 2^n for t = n + bias + 1.5 * 2^(mantissa bits), where n + bias stands in the low bits.
+GFL_INLINE F32 shift_exponent(F32 t) { return (F32)((I32)t << 23); }
+GFL_INLINE F64 shift_exponent(F64 t) { return (F64)((I64)t << 52); }
+
+// v = 2^n m with m in [sqrt(1/2), sqrt(2)), for normal v > 0. NaN has NaN as its m.
+GFL_INLINE F32 split_mantissa(F32 v, F32* n) {
+  const I32 exponent = ((I32)v - 0x3f3504f3) >> 23;
+  *n = __builtin_convertvector(exponent, F32);
+  const F32 m = (F32)((I32)v - (exponent << 23));
+  return select(v == v, m, v);
+}
+GFL_INLINE F64 split_mantissa(F64 v, F64* n) {
+  // Vectors have no cheap 64-bit integer conversion or arithmetic shift below AVX-512: the exponent is counted in
+  // the low bits of 1.5 * 2^52, as exponential() does it the other way round.
+  const I64 offset = (I64)v - 0x3fe6a09e667f3bcd + ((int64_t)1023 << 52);
+  const I64 biased = (I64)((U64)offset >> 52);
+  *n = (F64)(biased | 0x4338000000000000) - (6755399441055744.0 + 1023.0);
+  const F64 m = (F64)((I64)v - ((biased - 1023) << 52));
+  return select(v == v, m, v);
+}
+template <typename T>
+GFL_INLINE T reciprocal(T x) {
+  return scalar_t<T>(1) / x;
+}
+// floor for |t| < 2^22.
+template <typename T>
+GFL_INLINE T floor_small(T t) {
+  using S = scalar_t<T>;
+  constexpr S magic = sizeof(S) == 4 ? S(12582912.0) : S(6755399441055744.0);
+  const T nearest = (t + magic) - magic;
+  return nearest - select(nearest > t, broadcast<T>(S(1)), broadcast<T>(S(0)));
+}
+
+// ---- loads and stores: S in memory, a vector of A in registers ------------------------------------------------------
+
+// Unaligned vector in memory.
+template <typename V>
+struct __attribute__((packed, may_alias)) Unaligned {
+  V value;
+};
+template <typename V>
+GFL_INLINE V load_raw(const void* p) {
+  return static_cast<const Unaligned<V>*>(p)->value;
+}
+template <typename V>
+GFL_INLINE void store_raw(void* p, V value) {
+  static_cast<Unaligned<V>*>(p)->value = value;
+}
+
+GFL_INLINE F32 widen(U16 bits, bfloat16) { return (F32)(__builtin_convertvector(bits, U32) << 16); }
+GFL_INLINE U16 narrow(F32 value, bfloat16) {
+  const U32 bits = (U32)value;
+  const U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const I32 nan = value != value;
+  return __builtin_convertvector(nan ? (bits >> 16) | 0x40u : rounded, U16);
+}
+
+GFL_INLINE F32 widen(U16 half, float16) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_maskz_cvtph_ps(0xffff, (__m256i)half);
+#elif defined(__F16C__)
+  return (F32)_mm256_cvtph_ps((__m128i)half);
+#else
+  const U32 h = __builtin_convertvector(half, U32);
+  const U32 sign = (h & 0x8000u) << 16;
+  const U32 rest = h & 0x7fffu;
+  // Shifted into place a finite half is 2^-112 of its value. Numbers below 2^-14 would be denormal floats on the way,
+  // which DAZ removes: they are counted as integers instead.
+  const F32 normal = (F32)((rest << 13) + (112u << 23));
+  const F32 tiny = __builtin_convertvector((I32)rest, F32) * 5.9604644775390625e-8f;
+  const F32 special = (F32)((rest << 13) | 0x7f800000u);
+  const F32 value = select((I32)(rest < 0x400u), tiny, select((I32)(rest >= 0x7c00u), special, normal));
+  return (F32)((U32)value | sign);
+#endif
+}
+GFL_INLINE U16 narrow(F32 value, float16) {
+#if defined(__AVX512F__)
+  return (U16)_mm512_maskz_cvtps_ph(0xffff, (__m512)value, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (U16)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const U32 bits = (U32)value;
+  const U32 sign = (bits & 0x80000000u) >> 16;
+  const U32 rest = bits & 0x7fffffffu;
+  const U32 normal = ((rest + 0xfffu + ((rest >> 13) & 1u)) >> 13) - (112u << 10);
+  // Below 2^-14 the unit is 2^-24: adding 1.5 * 2^-1 leaves it in the low bits, rounded to nearest even.
+  const U32 tiny = (U32)((F32)rest + 0.75f) & 0x7ffu;
+  U32 half = (U32)select((I32)(rest < 0x38800000u), (F32)tiny, (F32)normal);
+  half = (U32)select((I32)(rest >= 0x477ff000u), (F32)(U32{} + 0x7c00u), (F32)half);
+  half = (U32)select((I32)(rest > 0x7f800000u), (F32)(U32{} + 0x7e00u), (F32)half);
+  return __builtin_convertvector(half | sign, U16);
+#endif
+}
+
+// A full vector.
+GFL_INLINE F32 load(const float* p) { return load_raw<F32>(p); }
+GFL_INLINE F64 load(const double* p) { return load_raw<F64>(p); }
+template <typename H>
+GFL_INLINE F32 load(const H* p) {
+  return widen(load_raw<U16>(p), H{});
+}
+GFL_INLINE void store(float* p, F32 v) { store_raw(p, v); }
+GFL_INLINE void store(double* p, F64 v) { store_raw(p, v); }
+template <typename H>
+GFL_INLINE void store(H* p, F32 v) {
+  store_raw(p, narrow(v, H{}));
+}
+
+// The first n entries; the other lanes are 0 and touch no memory.
+template <typename S>
+GFL_INLINE auto load_first(const S* p, int n) {
+#if defined(__AVX512F__)
+  const uint32_t mask = (uint32_t{1} << n) - 1;  // n may be all lanes
+  if constexpr (sizeof(S) == 8) {
+    return (F64)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
+  } else if constexpr (sizeof(S) == 4) {
+    return (F32)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+  } else {
+    return widen((U16)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p), S{});
+  }
+#else
+  S buffer[kVectorBytes / (sizeof(S) == 8 ? 8 : 4)] = {};
+  for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+#endif
+}
+template <typename S, typename V>
+GFL_INLINE void store_first(S* p, V v, int n) {
+#if defined(__AVX512F__)
+  const uint32_t mask = (uint32_t{1} << n) - 1;  // n may be all lanes
+  if constexpr (sizeof(S) == 8) {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), (__m512d)v);
+  } else if constexpr (sizeof(S) == 4) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), (__m512)v);
+  } else {
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask), (__m256i)narrow(v, S{}));
+  }
+#else
+  S buffer[kVectorBytes / (sizeof(S) == 8 ? 8 : 4)];
+  store(buffer, v);
+  for (int i = 0; i < n; ++i) p[i] = buffer[i];
+#endif
+}
+
+// v with the lanes from n on set to 0.
+template <typename V>
+GFL_INLINE V first_lanes(V v, int n) {
+  constexpr int lanes = sizeof(V) / sizeof(scalar_t<V>);
+  typename VectorTraits<V>::integer number;
+  for (int i = 0; i < lanes; ++i) number[i] = i;
+  return select(number < n, v, V{});
+}
+
+// Sum of the lanes, in a fixed order, in double.
+template <typename V>
+GFL_INLINE double sum_lanes(V v) {
+  double total = 0;
+  for (size_t i = 0; i < sizeof(V) / sizeof(scalar_t<V>); ++i) total += static_cast<double>(v[i]);
+  return total;
+}
+
+// ---- transposition of a square of lanes x lanes ---------------------------------------------------------------------
+
+// Lane l of the low output is a's where bit D of l is clear, and b's lane l - D elsewhere; the high output holds the rest.
+#define GFL_BUTTERFLY(V, I, N)                                                          \
+  template <int D>                                                                      \
+  GFL_INLINE void butterfly(V& a, V& b) {                                               \
+    I low, high;                                                                        \
+    for (int l = 0; l < N; ++l) {                                                       \
+      low[l] = (l & D) ? N + l - D : l;                                                 \
+      high[l] = (l & D) ? N + l : l + D;                                                \
+    }                                                                                   \
+    const V t = __builtin_shuffle(a, b, low);                                           \
+    b = __builtin_shuffle(a, b, high);                                                  \
+    a = t;                                                                              \
+  }
+GFL_BUTTERFLY(F32, I32, kLanes<float>)
+GFL_BUTTERFLY(F64, I64, kLanes<double>)
+#undef GFL_BUTTERFLY
+
+template <int D, typename V>
+GFL_INLINE void transpose_stage(V* rows) {
+  constexpr int n = sizeof(V) / sizeof(scalar_t<V>);
+  if constexpr (D < n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if (!(i & D)) butterfly<D>(rows[i], rows[i + D]);
+    }
+    transpose_stage<2 * D>(rows);
+  }
+}
+// rows[i] lane j <-> rows[j] lane i.
+template <typename V>
+GFL_INLINE void transpose(V* rows) {
+  transpose_stage<1>(rows);
+}
+
+// Flush denormals to zero while in scope. A logit around -33 or -95 makes denormal products, at 100 cycles each.
+class FlushDenormals {
+ public:
+#if defined(__SSE2__)
+  explicit FlushDenormals(bool flush) : saved_(_mm_getcsr()) {
+    if (flush) _mm_setcsr(saved_ | 0x8040);
+  }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  explicit FlushDenormals(bool flush) {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    if (flush) asm volatile("msr fpcr, %0" ::"r"(saved_ | (uint64_t{1} << 24)));
+  }
+  ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#else
+  explicit FlushDenormals(bool) {}
+#endif
+};
+
+}  // namespace gfl

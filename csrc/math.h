@@ -1,0 +1,296 @@
+// The mathematics, once for every C++ backend: branch-free templates over T, which is float or double on a GPU and a
+// vector of them in the CPU kernels. Names and order are those of gfl_kernels/reference.py.
+//
+// Notation: s = sigmoid(x), d = s - q, B = bce(x, q).
+//
+// T has the arithmetic operators and comparisons; select, negative_abs, maximum, shift_exponent, split_mantissa and
+// divide are overloaded for the vector types in cpu/simd.h, before this file is included. Every function has internal
+// linkage: the same template is compiled for several instruction sets, and the linker must not choose one for all.
+#pragma once
+
+#if defined(__CUDACC__)
+#define GFL_HD static __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define GFL_HD static inline __attribute__((always_inline))
+#else
+#define GFL_HD static inline
+#endif
+
+namespace gfl {
+
+// ---- exponential and logarithm -------------------------------------------------------------------------------------
+
+// exp(x).  Valid: x <= 88, -inf and NaN included.  Max relative error: 2e-7 (float), 4e-16 (double).
+// 0 below the smallest normal number, so that softmax tails and saturated sigmoids make no denormals.
+template <typename T>
+GFL_HD T exponential(T x) {
+  using S = scalar_t<T>;
+  if constexpr (sizeof(S) == 4) {
+    // The constant carries n + 127 in its low bits: shift_exponent makes 2^n of it. Multiplied and not added to the
+    // exponent field, or a NaN would come out as a number.
+    const T t = x * S(1.44269504f) + S(12582912.0f + 127.0f);
+    const T n = t - S(12582912.0f + 127.0f);
+    T r = x - n * S(0.693359375f);  // ln 2 in two parts; the product with the first is exact
+    r = r - n * S(-2.12194440e-4f);
+    T p = r * S(0.008312048893569863f) + S(0.04189449930687744f);
+    p = p * r + S(0.16667133225436534f);
+    p = p * r + S(0.4999920175886834f);
+    p = (p * r) * r + (r + S(1));
+    return select(x < S(-87.33f), broadcast<T>(S(0)), p * shift_exponent(t));
+  } else {
+    const T t = x * S(1.4426950408889634) + S(6755399441055744.0 + 1023.0);
+    const T n = t - S(6755399441055744.0 + 1023.0);
+    T r = x - n * S(6.93147180369123816490e-01);
+    r = r - n * S(1.90821492927058770002e-10);
+    // Taylor to degree 13 on |r| <= ln(2) / 2: the remainder is below 5e-18.
+    T p = r * S(1.0 / 6227020800.0) + S(1.0 / 479001600.0);
+    p = p * r + S(1.0 / 39916800.0);
+    p = p * r + S(1.0 / 3628800.0);
+    p = p * r + S(1.0 / 362880.0);
+    p = p * r + S(1.0 / 40320.0);
+    p = p * r + S(1.0 / 5040.0);
+    p = p * r + S(1.0 / 720.0);
+    p = p * r + S(1.0 / 120.0);
+    p = p * r + S(1.0 / 24.0);
+    p = p * r + S(1.0 / 6.0);
+    p = p * r + S(0.5);
+    p = (p * r) * r + (r + S(1));
+    return select(x < S(-708.39), broadcast<T>(S(0)), p * shift_exponent(t));
+  }
+}
+
+// 2 atanh(f / (2 + f)) = log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1], double: |z| <= 0.172, remainder below 1e-17.
+template <typename T>
+GFL_HD T log1p_series(T f) {
+  using S = scalar_t<T>;
+  const T z = f / (f + S(2));
+  const T y = z * z;
+  T p = y * S(2.0 / 21.0) + S(2.0 / 19.0);
+  p = p * y + S(2.0 / 17.0);
+  p = p * y + S(2.0 / 15.0);
+  p = p * y + S(2.0 / 13.0);
+  p = p * y + S(2.0 / 11.0);
+  p = p * y + S(2.0 / 9.0);
+  p = p * y + S(2.0 / 7.0);
+  p = p * y + S(2.0 / 5.0);
+  p = p * y + S(2.0 / 3.0);
+  return z * S(2) + (z * y) * p;
+}
+
+// log(1 + e).  Valid: e in [0, 1], NaN.  Max relative error: 1.5e-7 (float), 4e-16 (double).
+// Not log(1 + e): in float32 that is 0 for every e below 6e-8, a logit of -17.
+template <typename T>
+GFL_HD T log1p_unit(T e) {
+  using S = scalar_t<T>;
+  if constexpr (sizeof(S) == 4) {
+    T p = e * S(0.005232699341333869f) + S(-0.02950525518431116f);
+    p = p * e + S(0.07822597113722513f);
+    p = p * e + S(-0.1366324669758161f);
+    p = p * e + S(0.19106006795348082f);
+    p = p * e + S(-0.2484298211563429f);
+    p = p * e + S(0.33319096783792534f);
+    p = p * e + S(-0.49999493139629136f);
+    return (p * e) * e + e * S(0.9999999698801978f);
+  } else {
+    const auto large = e > S(0.41421356237309503);
+    const T f = select(large, (e - S(1)) * S(0.5), e);
+    return log1p_series(f) + select(large, broadcast<T>(S(0.6931471805599453)), broadcast<T>(S(0)));
+  }
+}
+
+// log(v).  Valid: normal v > 0, NaN.  Max error: 1.5e-7 relative or 6e-8 absolute (float), 4e-16 (double).
+template <typename T>
+GFL_HD T logarithm(T v) {
+  using S = scalar_t<T>;
+  T n;
+  const T f = split_mantissa(v, &n) - S(1);  // v = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2))
+  if constexpr (sizeof(S) == 4) {
+    T p = f * S(0.0870044628880524f) + S(-0.14267489580370582f);
+    p = p * f + S(0.14914765724289647f);
+    p = p * f + S(-0.16577584312638893f);
+    p = p * f + S(0.19963063946436482f);
+    p = p * f + S(-0.2500133704941046f);
+    p = p * f + S(0.333339107346837f);
+    const T square = f * f;
+    p = (p * f) * square + n * S(-2.12194440e-4f);
+    return n * S(0.693359375f) + (f + (p - square * S(0.5)));
+  } else {
+    return n * S(6.93147180369123816490e-01) + (n * S(1.90821492927058770002e-10) + log1p_series(f));
+  }
+}
+
+// log(1 - p).  Valid: p in [0, 1), NaN.  The correction restores what 1 - p rounds away for small p.
+template <typename T>
+GFL_HD T log1m(T p) {
+  using S = scalar_t<T>;
+  const T u = S(1) - p;
+  return logarithm(u) - (p - (S(1) - u)) / u;
+}
+
+// |d|^beta for |d| in (0, 1.1], given log |d|; the caller takes care of d = 0.
+template <typename T>
+GFL_HD T pow_abs(T log_abs_d, scalar_t<T> beta) {
+  return exponential(log_abs_d * beta);
+}
+
+// ---- quality family -------------------------------------------------------------------------------------------------
+
+// A loss and its derivative in x, per element.
+template <typename T>
+struct LossGrad {
+  T loss, grad;
+};
+
+// What every formula on logits starts from. With a = |x|, e = exp(-a):  w = e / (1 + e) = sigmoid(-a),
+// ds = s (1 - s) = w / (1 + e).  tau = 1 - q for x >= 0, else q; then |x| tau + log1p(e) = B and tau - w = sign(x) d.
+// Nothing cancels, nothing overflows: +-inf counts as the largest finite number.
+template <typename T>
+struct Logistic {
+  T log1p_e, w, ds, a;
+};
+
+template <typename T>
+GFL_HD Logistic<T> logistic(T x) {
+  using S = scalar_t<T>;
+  const T na = negative_abs(x);
+  const T e = exponential(na);
+  const T r = reciprocal(e + S(1));
+  const T w = e * r;
+  return {log1p_unit(e), w, w * r, -na};
+}
+
+// |x| tau: 0 for tau = 0, an infinite logit on the right side.
+template <typename T>
+GFL_HD T linear_part(T a, T tau) {
+  using S = scalar_t<T>;
+  return select(tau == S(0), broadcast<T>(S(0)), a * tau);
+}
+
+// Quality Focal Loss with beta = 2 on a background element, q = 0:  L = s^2 softplus(x),
+// dL/dx = s^2 (s + 2 (1 - s) softplus(x)).
+template <typename T>
+GFL_HD LossGrad<T> quality_background_loss_grad(T x) {
+  using S = scalar_t<T>;
+  const T na = negative_abs(x);
+  const T e = exponential(na);
+  const T r = reciprocal(e + S(1));
+  const T w = e * r;
+  const auto positive = x >= S(0);
+  const T s = select(positive, r, w);
+  const T b = log1p_unit(e) + select(positive, -na, broadcast<T>(S(0)));
+  const T square = s * s;
+  const T rest = select(positive, w, r);  // 1 - s
+  return {square * b, square * ((rest + rest) * b + s)};
+}
+
+// Quality Focal Loss with beta = 2:  L = d^2 B,  dL/dx = d^2 d + 2 d s (1 - s) B.
+template <typename T>
+GFL_HD LossGrad<T> quality_square_loss_grad(T x, T q) {
+  using S = scalar_t<T>;
+  const Logistic<T> c = logistic(x);
+  const auto positive = x >= S(0);
+  const T tau = select(positive, S(1) - q, q);
+  const T b = linear_part(c.a, tau) + c.log1p_e;
+  const T d = tau - c.w;  // sign(x) d
+  const T square = d * d;
+  const T g = d * ((b + b) * c.ds + square);
+  return {square * b, select(positive, g, -g)};
+}
+
+// Quality Focal Loss:  L = |d|^beta B,  dL/dx = |d|^beta d + beta |d|^(beta - 1) sign(d) s (1 - s) B,  both terms of
+// w = |d|^beta being 0^beta and 0 at d = 0.  For q = 0 the second is beta s^beta (1 - s) B, finite for every beta >= 0:
+// s (1 - s) / |d| is taken as 1 - s there, which matters where s underflows.
+template <typename T>
+GFL_HD LossGrad<T> quality_loss_grad(T x, T q, scalar_t<T> beta) {
+  using S = scalar_t<T>;
+  const Logistic<T> c = logistic(x);
+  const auto positive = x >= S(0);
+  const T tau = select(positive, S(1) - q, q);
+  const T b = linear_part(c.a, tau) + c.log1p_e;
+  const T d = tau - c.w;
+  const T size = -negative_abs(d);
+  const auto zero = size <= S(0);
+  const T safe = select(zero, broadcast<T>(S(1)), size);
+  const T power = select(zero, broadcast<T>(beta == S(0) ? S(1) : S(0)), pow_abs(logarithm(safe), beta));
+  T slope = c.ds / safe;                                                      // s (1 - s) / |d|
+  slope = select(q == S(0), select(positive, c.w, S(1) - c.w), slope);        // 1 - s
+  const T sign = select(zero, broadcast<T>(S(0)), select(d > S(0), broadcast<T>(S(1)), broadcast<T>(S(-1))));
+  const T g = power * (d + beta * (sign * (slope * b)));
+  return {power * b, select(positive, g, -g)};
+}
+
+// Quality Focal Loss on probabilities:  L = |d|^beta B, d = p - q, B = -q log p - (1 - q) log(1 - p) with logs clamped
+// at -100;  dL/dp = |d|^beta d / max(p (1 - p), 1e-12) + beta |d|^(beta - 1) sign(d) B: F.binary_cross_entropy's rules.
+template <typename T>
+GFL_HD LossGrad<T> quality_probability_loss_grad(T p, T q, scalar_t<T> beta) {
+  using S = scalar_t<T>;
+  const T zeros = broadcast<T>(S(0)), ones = broadcast<T>(S(1));
+  const auto beyond = (p < S(0)) | (p > S(1));
+  const T d = p - q;
+  p = select(p < S(0), zeros, select(p > S(1), ones, p));
+  const auto at_zero = p == S(0);
+  const auto at_one = p == S(1);
+  const T floor = broadcast<T>(S(-100));
+  // A denormal p, sigmoid(-95) in float32, has a logarithm too: the caller does not flush them.
+  const auto tiny = p < smallest<S>();
+  const T normal = select(at_zero, ones, select(tiny, p * S(0x1p64), p));
+  const T log_normal = logarithm(normal) - select(tiny, broadcast<T>(S(44.3614195558364998)), zeros);  // 64 ln 2
+  const T log_p = maximum(floor, select(at_zero, floor, log_normal));
+  const T log_1mp = maximum(floor, select(at_one, floor, log1m(select(at_one, zeros, p))));
+  const T b = -(q * log_p) - (S(1) - q) * log_1mp;
+  const T size = -negative_abs(d);
+  const auto zero = size < smallest<S>();
+  const T safe = select(zero, ones, size);
+  T power, slope;  // |d|^beta and beta |d|^(beta - 1) sign(d)
+  if (beta == S(2)) {
+    power = d * d;
+    slope = d + d;
+  } else {
+    power = select(zero, broadcast<T>(beta == S(0) ? S(1) : S(0)), pow_abs(logarithm(safe), beta));
+    slope = beta * (power / safe);
+    slope = select(zero, zeros, select(d > S(0), slope, -slope));
+  }
+  const T spread = maximum(broadcast<T>(S(1e-12f)), p * (S(1) - p));  // the float that PyTorch has in every dtype
+  // A clamped p stands still: only |d|^beta still depends on it.
+  const T bce_slope = select(beyond, zeros, (p - q) / spread);
+  return {power * b, power * bce_slope + slope * b};
+}
+
+// ---- distribution family --------------------------------------------------------------------------------------------
+
+// l = floor(t), wl = l + 1 - t, wr = t - l, with t clamped into [0, bins - 1].  NaN weights for NaN.
+template <typename T>
+GFL_HD void split_target(T t, scalar_t<T> last_bin, T* left, T* wl, T* wr) {
+  using S = scalar_t<T>;
+  t = select(t < S(0), broadcast<T>(S(0)), select(t > last_bin, broadcast<T>(last_bin), t));
+  *left = floor_small(t);
+  *wr = t - *left;
+  *wl = (*left + S(1)) - t;
+}
+
+// Distribution Focal Loss of a row out of its pieces, z shifted by its maximum:
+// L = (wl + wr) log(sum_k exp(z_k)) - wl z_l - wr z_r.  A side of weight 0 contributes 0 even if its z is -inf.
+template <typename T>
+GFL_HD T distribution_loss(T log_sum, T wl, T wr, T z_left, T z_right) {
+  using S = scalar_t<T>;
+  const T zeros = broadcast<T>(S(0));
+  const T left = select(wl == S(0), zeros, wl * z_left);
+  const T right = select(wr == S(0), zeros, wr * z_right);
+  return (wl + wr) * log_sum - left - right;
+}
+
+// dL/dz_k = (wl + wr) p_k - wl [k = l] - wr [k = r], out of total_p = (wl + wr) p_k.
+template <typename T, typename Mask>
+GFL_HD T distribution_grad(T total_p, Mask is_left, Mask is_right, T wl, T wr) {
+  using S = scalar_t<T>;
+  const T zeros = broadcast<T>(S(0));
+  return total_p - select(is_left, wl, zeros) - select(is_right, wr, zeros);
+}
+
+// dE/dz_k = p_k (y_k - E),  E = sum_k y_k p_k.
+template <typename T>
+GFL_HD T expectation_grad(T p, T y, T expectation) {
+  return p * (y - expectation);
+}
+
+}  // namespace gfl

@@ -1,0 +1,18 @@
+"""Fused losses of the Generalized Focal Loss family for PyTorch."""
+
+from ._version import __version__
+from .dispatch import backends, use_backend
+from .functional import distribution_focal_loss, integral, quality_focal_loss
+from .modules import DistributionFocalLoss, Integral, QualityFocalLoss
+
+__all__ = [
+    "DistributionFocalLoss",
+    "Integral",
+    "QualityFocalLoss",
+    "__version__",
+    "backends",
+    "distribution_focal_loss",
+    "integral",
+    "quality_focal_loss",
+    "use_backend",
+]

@@ -1,0 +1,71 @@
+"""Finds and loads the compiled library, once, and keeps the reason when it can't."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_PACKAGE = Path(__file__).parent
+_FILE = "libgfl_native.so"
+
+
+@cache
+def build_report() -> dict:
+    """What the build of this installation left behind (setup.py writes it); empty if nothing did."""
+    try:
+        return json.loads((_PACKAGE / "_build_report.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, whose ops are registered then, or None: why_not() says why."""
+    return _load()[0]
+
+
+def why_not() -> str | None:
+    """Why the native library does not serve, and what to type; None if it does."""
+    return _load()[1]
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    path = _PACKAGE / "lib" / _FILE
+    if not path.exists():
+        report = build_report()
+        why = report.get("why") or "it was not built"
+        hint = report.get("hint") or "pip install --no-build-isolation ."
+        return None, f"{_FILE} is not installed: {why}. To build it: {hint}"
+    try:
+        torch.ops.load_library(path)
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"{_FILE} could not be loaded: {error}"
+    for name in ("gfl_cpu_isa", "gfl_available_isas", "gfl_build_info", "gfl_last_error"):
+        getattr(loaded, name).restype = ctypes.c_char_p
+    if loaded.gfl_cpu_isa() is None:
+        return None, loaded.gfl_last_error().decode()
+    return loaded, None
+
+
+def build_info() -> dict:
+    """How the loaded library was built; empty without one."""
+    loaded = library()
+    return json.loads(loaded.gfl_build_info()) if loaded else {}
+
+
+def cpu_isa() -> str | None:
+    """The instruction set the CPU kernels use."""
+    loaded = library()
+    return loaded.gfl_cpu_isa().decode() if loaded else None
+
+
+def available_isas() -> list[str]:
+    """What GFL_CPU_ISA may name on this machine."""
+    loaded = library()
+    return loaded.gfl_available_isas().decode().split(",") if loaded else []

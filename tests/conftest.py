@@ -1,0 +1,54 @@
+"""Fixtures every test file uses; the helpers they rest on are in support.py."""
+
+import os
+
+import pytest
+import torch
+from support import BACKENDS, FUSED, Backend, expect_native, why_not
+
+import gfl_kernels
+
+try:
+    import hypothesis
+except ImportError:
+    hypothesis = None  # test_odd_shapes.py runs without it, under sanitizers
+else:
+    hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
+    hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+    hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def _usable(name):
+    reason = why_not(name)
+    if reason is None:
+        return
+    if expect_native() and name == "cpu":
+        pytest.fail(f"GFL_TEST_EXPECT_NATIVE=1, but backend {name!r} is not usable: {reason}")
+    pytest.skip(f"backend {name!r} is not usable: {reason}")
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request):
+    """Each usable backend in turn, forced for the length of the test."""
+    _usable(request.param)
+    with gfl_kernels.use_backend(request.param):
+        yield Backend(request.param, BACKENDS[request.param])
+
+
+@pytest.fixture(params=list(FUSED))
+def fused(request):
+    """Each usable backend with hand-written kernels, forced for the length of the test."""
+    _usable(request.param)
+    with gfl_kernels.use_backend(request.param):
+        yield Backend(request.param, BACKENDS[request.param])
+
+
+@pytest.fixture
+def native():
+    """For tests that need the compiled library itself."""
+    _usable("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,636 @@
+"""Distribution Focal Loss and Integral: every backend against the float64 reference, over target
+forms, bins, layouts, dtypes and shapes.
+"""
+
+import pytest
+import torch
+from support import (
+    DENSE_LAYOUTS,
+    FLOATS,
+    HALF,
+    INF,
+    LAYOUTS,
+    NAN,
+    assert_no_worse,
+    bin_target,
+    check_op,
+    evaluate,
+    explicit_target,
+    lay_out,
+    logits,
+    random_upstream,
+    row_weight,
+)
+
+import gfl_kernels
+from gfl_kernels import distribution_focal_loss, integral, reference
+
+REDUCTIONS = ("none", "mean", "sum")
+BINS = (2, 8, 16, 17, 33, 64)
+FORMS = ("position", "explicit")
+
+
+def make_target(form, row_shape, bins, *, device="cpu", seed=0):
+    make = bin_target if form == "position" else explicit_target
+    return make(row_shape, bins, device=device, seed=seed)
+
+
+def double(target):
+    """Float parts in float64, as gradcheck's finite differences need them."""
+    if isinstance(target, tuple):
+        return target[0], target[1].double(), target[2].double()
+    return target.double()
+
+
+# ---- float64: the derivative against finite differences
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradcheck(backend, form, reduction):
+    for bins in (2, 5, 17):
+        pred = torch.randn(5, bins, dtype=torch.float64, device=backend.device, requires_grad=True)
+        target = double(make_target(form, (5,), bins, device=backend.device))
+        weight = row_weight((5,), device=backend.device).double()
+        shape = (5,) if reduction == "none" else ()
+        upstream = random_upstream(torch.empty(shape, dtype=torch.float64)).to(backend.device)
+        for kwargs in ({}, {"weight": weight}, {"avg_factor": 3.7} if reduction == "mean" else {}):
+
+            def loss(pred, target=target, kwargs=kwargs, upstream=upstream):
+                return upstream * distribution_focal_loss(
+                    pred, target, reduction=reduction, **kwargs
+                )
+
+            assert torch.autograd.gradcheck(loss, (pred,), eps=1e-6, atol=1e-7, rtol=1e-5), (
+                bins,
+                kwargs,
+            )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradcheck_layouts(backend, layout):
+    laid = lay_out(layout, torch.randn(1, 2, 3, 5, dtype=torch.float64, device=backend.device))
+    upstream = random_upstream(torch.empty(laid.row_shape, dtype=torch.float64)).to(backend.device)
+    pred = laid.pred.requires_grad_()
+    y = torch.randn(5, dtype=torch.float64, device=backend.device)
+    for form in FORMS:
+        target = double(make_target(form, laid.row_shape, 5, device=backend.device))
+
+        def loss(pred, target=target):
+            return upstream * distribution_focal_loss(
+                pred, target, reduction="none", bin_dim=laid.dim
+            )
+
+        assert torch.autograd.gradcheck(loss, (pred,), eps=1e-6, atol=1e-7, rtol=1e-5)
+    for bins in (None, y):
+
+        def decode(pred, bins=bins):
+            return upstream * integral(pred, bins=bins, bin_dim=laid.dim)
+
+        assert torch.autograd.gradcheck(decode, (pred,), eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bins", BINS)
+@pytest.mark.parametrize("positions", ["default", "arbitrary"])
+def test_integral_gradcheck(backend, bins, positions):
+    y = (
+        torch.randn(bins, dtype=torch.float64, device=backend.device)
+        if positions == "arbitrary"
+        else None
+    )
+    pred = torch.randn(3, bins, dtype=torch.float64, device=backend.device, requires_grad=True)
+    upstream = random_upstream(torch.empty(3, dtype=torch.float64)).to(backend.device)
+    assert torch.autograd.gradcheck(
+        lambda p: upstream * integral(p, bins=y), (pred,), eps=1e-6, atol=1e-7
+    )
+
+
+# ---- no worse than eager
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bins", BINS)
+def test_no_worse_than_eager(backend, dtype, form, bins):
+    # 15, 16, 17: the two sides of a block of rows that share a register
+    for rows in (1, 7, 15, 16, 17, 333, 1000):
+        pred = logits(rows, bins, dtype=dtype, device=backend.device, seed=rows)
+        target = make_target(form, (rows,), bins, device=backend.device, seed=rows)
+        weight = row_weight((rows,), device=backend.device)
+        what = f"{form} K={bins} N={rows}"
+        check_op("distribution", pred, target, reduction="none", what=what)
+        check_op("distribution", pred, target, reduction="mean", what=what + " mean")
+        check_op(
+            "distribution", pred, target, weight=weight, avg_factor=5.5, what=what + " avg_factor"
+        )
+
+
+@pytest.mark.parametrize("bins", [3, 4, 5, 7, 9, 15, 18, 31, 32, 34, 63])
+def test_any_number_of_bins(backend, bins):
+    for dtype in FLOATS:
+        pred = logits(70, bins, dtype=dtype, device=backend.device)
+        for form in FORMS:
+            target = make_target(form, (70,), bins, device=backend.device)
+            check_op("distribution", pred, target, reduction="none", what=f"{form} K={bins}")
+        check_op("integral", pred, scale=bins, what=f"K={bins}")
+
+
+@pytest.mark.parametrize("bins", [1, 65, 100, 300])
+def test_bins_beyond_the_tuned_range(backend, bins):
+    pred = logits(40, bins, device=backend.device)
+    check_op("integral", pred, scale=bins, what=f"K={bins}")
+    check_op("distribution", pred, bin_target((40,), bins), reduction="none", what=f"K={bins}")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bins", [17, 16, 8, 33])
+def test_no_worse_than_eager_on_large_inputs(backend, dtype, bins):
+    """Above the size where rows are shared between threads."""
+    pred = logits(8400 * 4, bins, dtype=dtype, device=backend.device)
+    for form in FORMS:
+        target = make_target(form, (8400 * 4,), bins, device=backend.device)
+        check_op("distribution", pred, target, reduction="none", what=f"{form} K={bins}")
+        check_op("distribution", pred, target, reduction="sum", what=f"{form} K={bins} sum")
+    weight = row_weight((8400 * 4,))
+    check_op(
+        "distribution", pred, target, weight=weight, avg_factor=torch.tensor(17.0), what=f"K={bins}"
+    )
+    check_op("integral", pred, scale=bins, what=f"K={bins}")
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("bins", BINS)
+@pytest.mark.parametrize("positions", ["default", "arbitrary", "half", "int"])
+def test_integral_no_worse_than_eager(backend, dtype, bins, positions):
+    generator = torch.Generator().manual_seed(3)
+    y = {
+        "default": None,
+        "arbitrary": torch.randn(bins, generator=generator) * 20,
+        "half": (torch.randn(bins, generator=generator) * 20).bfloat16(),
+        "int": torch.randint(-5, 60, (bins,), generator=generator),
+    }[positions]
+    scale = bins if y is None else float(y.double().abs().max())
+    for rows in (1, 7, 15, 16, 17, 333):
+        pred = logits(rows, bins, dtype=dtype, device=backend.device, seed=rows)
+        check_op("integral", pred, bins=y, scale=scale, what=f"K={bins} N={rows} {positions}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts(backend, layout, dtype):
+    for bins in (2, 8, 16, 17, 33):
+        laid = lay_out(layout, logits(2, 5, 7, bins, dtype=dtype, device=backend.device))
+        weight = row_weight(laid.row_shape, device=backend.device)
+        what = f"{layout} K={bins}"
+        for form in FORMS:
+            target = make_target(form, laid.row_shape, bins, device=backend.device)
+            for kwargs in (
+                {"reduction": "none"},
+                {"weight": weight, "avg_factor": 3.0},
+                {"reduction": "sum"},
+            ):
+                check_op(
+                    "distribution",
+                    laid.pred,
+                    target,
+                    bin_dim=laid.dim,
+                    what=f"{what} {form}",
+                    **kwargs,
+                )
+        check_op("integral", laid.pred, bin_dim=laid.dim, scale=bins, what=what)
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+def test_gradient_has_the_layout_of_the_input(backend, layout):
+    laid = lay_out(layout, logits(2, 3, 4, 5, device=backend.device))
+    target = bin_target(laid.row_shape, 5, device=backend.device)
+    for loss in (
+        lambda z: distribution_focal_loss(z, target, bin_dim=laid.dim),
+        lambda z: distribution_focal_loss(z, target, bin_dim=laid.dim, reduction="none"),
+        lambda z: integral(z, bin_dim=laid.dim),
+    ):
+        leaf = laid.pred.detach().requires_grad_()
+        loss(leaf).sum().backward()
+        assert leaf.grad.shape == leaf.shape and leaf.grad.stride() == leaf.stride()
+        assert leaf.grad.dtype == leaf.dtype
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_head_output_viewed_as_sides(backend, memory_format):
+    """[B, 4 K, H, W] as the convolution leaves it, channel = side * K + bin, read through [B, 4, K,
+    H, W] and others.
+    """
+    batch, bins, height, width = 2, 17, 5, 3
+    channels = logits(batch, 4 * bins, height, width, device=backend.device).to(
+        memory_format=memory_format
+    )
+    sides = channels.view(batch, 4, bins, height, width)
+    views = [
+        (sides, 2),
+        (sides.permute(0, 3, 4, 1, 2), -1),
+        (channels.unflatten(1, (4, bins)).flatten(3), 2),
+    ]
+    for pred, dim in views:
+        shape = tuple(size for axis, size in enumerate(pred.shape) if axis != dim % pred.dim())
+        check_op("integral", pred, bin_dim=dim, scale=bins, what="sides")
+        for form in FORMS:
+            target = make_target(form, shape, bins, device=backend.device)
+            weight = row_weight(shape, device=backend.device)
+            check_op(
+                "distribution",
+                pred,
+                target,
+                weight=weight,
+                bin_dim=dim,
+                reduction="none",
+                what=f"sides {form}",
+            )
+
+
+def test_rows_of_sides(backend):
+    """[B, A, 4 K] (ultralytics), split from a wider head output, and [B, 4, K] with the bins in the
+    middle.
+    """
+    wide = logits(3, 11, 4 * 16 + 80, device=backend.device)
+    pred = wide[..., : 4 * 16].unflatten(-1, (4, 16))
+    check_op("integral", pred, scale=16, what="split head")
+    check_op("distribution", pred, bin_target((3, 11, 4), 16), reduction="none", what="split head")
+    middle = logits(6, 16, 4, device=backend.device)
+    check_op("integral", middle, bin_dim=1, scale=16, what="[B, K, 4]")
+    check_op(
+        "distribution",
+        middle,
+        bin_target((6, 4), 16),
+        bin_dim=1,
+        reduction="none",
+        what="[B, K, 4]",
+    )
+
+
+def test_strided_targets_and_weights(backend):
+    """Columns of wider tensors, every second element, weight.expand(-1, 4).reshape(-1) and stride
+    0.
+    """
+    rows, bins = 104, 17
+    pred = logits(rows, bins, device=backend.device)
+    wide = torch.full((rows, 3), NAN, device=backend.device)
+    wide[:, 1] = bin_target((rows,), bins, device=backend.device)
+    weight = row_weight((2 * rows,), device=backend.device)[::2]
+    check_op("distribution", pred, wide[:, 1], weight=weight, reduction="none", what="strided")
+    stepped = explicit_target((2 * rows,), bins, device=backend.device)
+    check_op(
+        "distribution",
+        pred,
+        tuple(part[::2] for part in stepped),
+        weight=weight,
+        reduction="none",
+        what="step",
+    )
+    sides = pred.view(rows // 4, 4, bins)
+    expanded = row_weight((rows // 4, 1), device=backend.device).expand(-1, 4)
+    target = bin_target((rows // 4, 1), bins, device=backend.device).expand(-1, 4)
+    check_op("distribution", sides, target, weight=expanded, reduction="none", what="stride 0")
+    check_op("distribution", sides, target, weight=expanded, avg_factor=7, what="stride 0")
+    one = tuple(torch.tensor(value).expand(rows) for value in (3, 0.4, 0.7))
+    check_op(
+        "distribution",
+        pred,
+        one,
+        weight=torch.tensor(0.5).expand(rows),
+        reduction="none",
+        what="all stride 0",
+    )
+    y = torch.randn(bins, 2, device=backend.device)[:, 0]
+    check_op("integral", pred, bins=y, scale=4, what="strided bins")
+    check_op("integral", pred, bins=torch.tensor(1.5).expand(bins), scale=4, what="stride-0 bins")
+
+
+def test_expanded_logits(backend):
+    base = logits(1, 9, device=backend.device, extremes=False).requires_grad_()
+    target = bin_target((40,), 9, device=backend.device)
+    for op in (
+        lambda z: distribution_focal_loss(z, target, reduction="sum"),
+        lambda z: integral(z).sum(),
+    ):
+        (grad,) = torch.autograd.grad(op(base.expand(40, 9)), base)
+        copies = base.detach().expand(40, 9).clone().requires_grad_()
+        (expected,) = torch.autograd.grad(op(copies), copies)
+        torch.testing.assert_close(grad, expected.sum(0, keepdim=True), rtol=1e-5, atol=1e-5)
+
+
+# ---- targets
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("bins", [2, 8, 17, 33])
+def test_targets_at_and_beyond_the_ends(backend, dtype, bins):
+    """Integers, K - 1 exactly, and beyond both ends: clamped into [0, K - 1], where eager PyTorch
+    dies or extrapolates.
+    """
+    last = bins - 1
+    values = [
+        0.0,
+        1.0,
+        last,
+        last - 1e-4,
+        last + 0.5,
+        last + 1,
+        1e4,
+        INF,
+        -0.0,
+        -0.5,
+        -3.0,
+        -INF,
+        0.999999,
+    ]
+    target = torch.tensor(values, device=backend.device)
+    pred = logits(len(values), bins, dtype=dtype, device=backend.device)
+    got, grad = check_op("distribution", pred, target, reduction="none", what=f"K={bins}")
+    clamped, clamped_grad = evaluate(
+        distribution_focal_loss,
+        pred,
+        random_upstream(got),
+        (target.clamp(0, last),),
+        {"reduction": "none"},
+    )
+    assert torch.equal(got, clamped) and torch.equal(grad, clamped_grad)
+    at_last = torch.full((len(values),), float(last), device=backend.device)
+    rows = distribution_focal_loss(pred, at_last, reduction="none").double()
+    expected = -pred.double().log_softmax(-1)[:, -1]
+    torch.testing.assert_close(rows, expected, rtol=4e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "target_dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32]
+)
+def test_target_dtypes(backend, target_dtype):
+    """A bfloat16 14.99 rounds to 15.0, the last bin of 16: in range here."""
+    pred = logits(50, 16, device=backend.device)
+    target = bin_target((50,), 16, device=backend.device)
+    target[0] = 14.99
+    weight = row_weight((50,), device=backend.device, dtype=target_dtype)
+    check_op(
+        "distribution",
+        pred,
+        target.to(target_dtype),
+        weight=weight,
+        reduction="none",
+        what=str(target_dtype),
+    )
+
+
+@pytest.mark.parametrize("left_dtype", [torch.int64, torch.int32, torch.uint8, torch.float32])
+def test_left_index_dtypes(backend, left_dtype):
+    pred = logits(60, 33, device=backend.device)
+    left, weight_left, weight_right = explicit_target((60,), 33, device=backend.device)
+    check_op(
+        "distribution",
+        pred,
+        (left.to(left_dtype), weight_left, weight_right),
+        reduction="none",
+        what=str(left_dtype),
+    )
+
+
+def test_left_index_beyond_the_bins_is_clamped(backend):
+    """The kernels index with it: a wrong left index must not read or write outside the row."""
+    pred = logits(5, 6, device=backend.device)
+    left = torch.tensor([-1, 6, 5, 2**40, -(2**40)], device=backend.device)
+    weights = torch.full((5,), 0.5, device=backend.device)
+    check_op(
+        "distribution", pred, (left, weights, weights), reduction="none", what="left out of range"
+    )
+    check_op(
+        "distribution",
+        pred,
+        (left.double(), weights, weights),
+        reduction="none",
+        what="left out of range",
+    )
+
+
+def test_a_nan_target_stays_in_its_row(backend):
+    pred = logits(40, 17, device=backend.device, extremes=False)
+    target = bin_target((40,), 17, device=backend.device)
+    upstream = random_upstream(torch.empty(40)).to(backend.device)
+    clean, clean_grad = evaluate(
+        distribution_focal_loss, pred, upstream, (target,), {"reduction": "none"}
+    )
+    for row in (0, 17, 39):
+        bad = target.clone()
+        bad[row] = NAN
+        got, grad = evaluate(distribution_focal_loss, pred, upstream, (bad,), {"reduction": "none"})
+        others = torch.arange(40, device=backend.device) != row
+        assert bool(got[row].isnan())
+        assert torch.equal(got[others], clean[others]) and torch.equal(
+            grad[others], clean_grad[others]
+        )
+
+
+@pytest.mark.parametrize(
+    "factor", [3, 2.5, 0, torch.tensor(2.5), torch.tensor([2.5]), torch.tensor(7)], ids=repr
+)
+def test_avg_factor_forms(backend, factor):
+    pred = logits(31, 6, device=backend.device, extremes=False)
+    target = bin_target((31,), 6, device=backend.device)
+    scale = 1 if float(factor) else 1e7
+    got, _ = check_op(
+        "distribution", pred, target, avg_factor=factor, scale=scale, what=repr(factor)
+    )
+    assert got.shape == (factor.shape if isinstance(factor, torch.Tensor) else ())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_upstream_gradients(backend, dtype):
+    pred = logits(65, 17, dtype=dtype, device=backend.device)
+    target = bin_target((65,), 17, device=backend.device)
+    for upstream in (
+        torch.tensor(0.37).expand(65),
+        torch.linspace(-2, 2, 130)[::2],
+        torch.zeros(65),
+        torch.full((65,), 1e-3),
+    ):
+        upstream = upstream.to(backend.device)
+        check_op("distribution", pred, target, reduction="none", upstream=upstream)
+        check_op("integral", pred, upstream=upstream, scale=17)
+    for factor in (1.0, 0.37, -2.5, 0.0, 65536.0 if dtype != torch.float16 else 1024.0):
+        upstream = torch.tensor(factor, device=backend.device)
+        scale = max(1.0, factor)
+        check_op("distribution", pred, target, reduction="sum", upstream=upstream, scale=scale)
+        check_op("distribution", pred, target, reduction="mean", upstream=upstream, scale=scale)
+
+
+# ---- edges
+
+
+@pytest.mark.parametrize("shape", [(0, 17), (0, 2), (2, 0, 4, 16)])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_empty_batch(backend, shape, reduction):
+    pred = torch.zeros(shape, device=backend.device, requires_grad=True)
+    rows = shape[:-1]
+    zeros = torch.zeros(rows, device=backend.device)
+    for target in (zeros, (zeros.long(), zeros, zeros)):
+        for kwargs in (
+            {},
+            {"weight": zeros},
+            {"avg_factor": 1.0},
+            {"avg_factor": torch.tensor(0.0)},
+        ):
+            if reduction == "sum" and "avg_factor" in kwargs:
+                continue
+            loss = distribution_focal_loss(pred, target, reduction=reduction, **kwargs)
+            assert loss.shape == (rows if reduction == "none" else ())
+            assert bool((loss == 0).all()) and loss.requires_grad
+            (grad,) = torch.autograd.grad(loss.sum(), pred)
+            assert grad.shape == pred.shape
+    decoded = integral(pred)
+    assert decoded.shape == rows and decoded.requires_grad
+    (grad,) = torch.autograd.grad(decoded.sum(), pred)
+    assert grad.shape == pred.shape
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bins", [8, 16, 17])
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+def test_weight_zero_rows_are_not_read(backend, dtype, bins, poison):
+    rows = 37
+    pred = logits(rows, bins, dtype=dtype, device=backend.device, extremes=False)
+    weight = row_weight((rows,), device=backend.device)
+    dead = weight == 0
+    weight[5:21] = 0  # a whole block of rows, and single ones
+    dead = weight == 0
+    assert bool(dead.any()) and not bool(dead.all())
+    poisoned = torch.where(dead[:, None], poison, pred)
+    for form in FORMS:
+        target = make_target(form, (rows,), bins, device=backend.device)
+        if form == "position":
+            bad = torch.where(dead, NAN, target)
+        else:
+            bad = (target[0], torch.where(dead, NAN, target[1]), target[2])
+        for reduction in REDUCTIONS:
+            kwargs = {"weight": weight, "reduction": reduction}
+            upstream = random_upstream(distribution_focal_loss(pred, target, **kwargs))
+            expected, expected_grad = evaluate(
+                distribution_focal_loss, pred, upstream, (target,), kwargs
+            )
+            got, grad = evaluate(distribution_focal_loss, poisoned, upstream, (bad,), kwargs)
+            assert torch.equal(got, expected) and torch.equal(grad, expected_grad)
+            assert bool((grad[dead] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("bins", [2, 8, 16, 17, 33])
+def test_nan_stays_in_its_row(backend, dtype, bins):
+    pred = logits(40, bins, dtype=dtype, device=backend.device, extremes=False)
+    target = bin_target((40,), bins, device=backend.device)
+    upstream = random_upstream(torch.empty(40)).to(backend.device)
+    runs = [(distribution_focal_loss, (target,), {"reduction": "none"}), (integral, (), {})]
+    for function, args, kwargs in runs:
+        clean, clean_grad = evaluate(function, pred, upstream, args, kwargs)
+        for row, column in ((0, 0), (17, bins - 1), (39, bins // 2)):
+            bad = pred.clone()
+            bad[row, column] = NAN
+            got, grad = evaluate(function, bad, upstream, args, kwargs)
+            others = torch.arange(40, device=backend.device) != row
+            assert bool(got[row].isnan()) and bool(grad[row].isnan().all())
+            assert torch.equal(got[others], clean[others]) and torch.equal(
+                grad[others], clean_grad[others]
+            )
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("bins", [4, 16, 17, 33])
+def test_infinite_logits(backend, dtype, bins):
+    """-inf masks a bin; a row of all -inf, or with +inf, is NaN, and stays in that row."""
+    pred = logits(24, bins, dtype=dtype, device=backend.device, extremes=False)
+    pred[:, 0] = -INF
+    pred[3, -1] = -INF
+    pred[9] = -INF
+    pred[11, 2] = INF
+    target = torch.linspace(1, bins - 1.001, 24, device=backend.device)
+    target[3], target[4], target[5] = (
+        1.5,
+        0.0,
+        0.5,
+    )  # rows 4 and 5 need the masked bin: infinite loss
+    check_op("integral", pred, scale=bins, what="infinite logits")
+    got, grad = check_op("distribution", pred, target, reduction="none", what="infinite logits")
+    good = torch.tensor([row not in (4, 5, 9, 11) for row in range(24)])
+    assert bool(got[good].isfinite().all()) and bool(grad[good].isfinite().all())
+    assert bool(got[4:6].isinf().all()) and bool(got[9].isnan())
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("bins", [2, 16, 17])
+def test_wide_spreads_and_constants(backend, dtype, bins):
+    """Spread over 88 (exp underflows), rows of one constant however large, one bin above all."""
+    rows = [
+        [100.0] * bins,
+        [-1e4] * bins,
+        [1e4] * bins,
+        [200.0 * (k % 2) for k in range(bins)],
+        [-95.0 * k for k in range(bins)],
+        [88.5] + [0.0] * (bins - 1),
+        [0.0] * (bins - 1) + [1e4],
+        [-1e4] * (bins - 1) + [1e4],
+    ]
+    pred = torch.tensor(rows, dtype=dtype, device=backend.device)
+    for t in (0.0, 0.5, bins - 1.0, bins - 1.25):
+        target = torch.full((len(rows),), t, device=backend.device)
+        check_op("distribution", pred, target, reduction="none", what=f"t={t}")
+    check_op("integral", pred, scale=bins, what="spread")
+    value = integral(pred[:3])
+    torch.testing.assert_close(
+        value.double(), torch.full((3,), (bins - 1) / 2, dtype=torch.float64), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_integral_of_half_logits_is_float32(backend, dtype):
+    """In bfloat16 the decode is off by up to 0.1 bin: value and accumulation are float32."""
+    pred = logits(2000, 17, dtype=dtype, device=backend.device, extremes=False)
+    got, _ = check_op("integral", pred, scale=17)
+    truth = reference.integral(pred.double())
+    assert got.dtype == torch.float32 and float((got - truth).abs().max()) < 1e-5
+
+
+def test_integral_in_float64(backend):
+    pred = logits(100, 17, dtype=torch.float64, device=backend.device)
+    check_op("integral", pred, bins=torch.linspace(0, 16, 17), scale=17)
+
+
+def test_modules(backend):
+    pred = logits(30, 17, device=backend.device)
+    target, weight = (
+        bin_target((30,), 17, device=backend.device),
+        row_weight((30,), device=backend.device),
+    )
+    for reduction in REDUCTIONS:
+        module = gfl_kernels.DistributionFocalLoss(reduction=reduction, loss_weight=0.25)
+        expected = 0.25 * distribution_focal_loss(pred, target, weight=weight, reduction=reduction)
+        got = module(pred, target, weight)
+        assert_no_worse(got, expected, expected, what="loss_weight")
+        got = module(pred, target, weight, reduction_override="none")
+        expected = 0.25 * distribution_focal_loss(pred, target, weight=weight, reduction="none")
+        assert_no_worse(got, expected, expected, what="reduction_override")
+    sides = logits(9, 4 * 17, device=backend.device)
+    layer = gfl_kernels.Integral(16)
+    assert list(layer.state_dict()) == ["project"]
+    assert torch.equal(layer.project, torch.linspace(0, 16, 17))
+    got = layer(sides)
+    assert got.shape == (9, 4)
+    expected = reference.integral(sides.view(9, 4, 17))
+    torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("fill", [-33.0, -95.0, 0.0])
+def test_denormal_probabilities(backend, fill):
+    """One bin far above constant others: p is denormal there; the caller's denormals survive the
+    call.
+    """
+    pred = torch.full((64, 17), fill, device=backend.device)
+    pred[:, 3] = 70.0
+    target = bin_target((64,), 17, device=backend.device)
+    check_op("distribution", pred, target, reduction="none", what=f"fill {fill}")
+    check_op("integral", pred, scale=17, what=f"fill {fill}")
+    assert float(torch.tensor([1e-40]) * 0.5) > 0

@@ -1,0 +1,303 @@
+"""mmdetection 3.3.0's own loss classes next to ours: values, gradients, reductions, weights,
+avg_factor, signatures.
+
+mmdetection needs no compiled operation for these losses, but looks every one of mmcv's up by name
+at import; a stand-in in sys.modules gives it the names. Where we differ on purpose (the mean over
+no rows, half logits) the test says so.
+"""
+
+import inspect
+import sys
+import types
+
+import pytest
+import torch
+from support import (
+    assert_no_worse,
+    bin_target,
+    dense_target,
+    logits,
+    random_upstream,
+    row_weight,
+    sparse_target,
+    to_double,
+)
+
+import gfl_kernels
+
+EPS = 2.0**-23
+
+
+class _CompiledOps(types.ModuleType):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*args, **kwargs):
+            raise RuntimeError(f"mmcv._ext.{name} is not built")
+
+        return missing
+
+
+@pytest.fixture(scope="module")
+def mmdet():
+    pytest.importorskip(
+        "mmcv", reason="mmdetection's losses need mmcv-lite, which is not installed"
+    )
+    sys.modules.setdefault("mmcv._ext", _CompiledOps("mmcv._ext"))
+    package = pytest.importorskip("mmdet", reason="mmdetection is not installed")
+    assert package.__version__ == "3.3.0"
+    from mmdet.models.dense_heads import gfl_head
+    from mmdet.models.losses import gfocal_loss
+
+    return types.SimpleNamespace(
+        QualityFocalLoss=gfocal_loss.QualityFocalLoss,
+        DistributionFocalLoss=gfocal_loss.DistributionFocalLoss,
+        Integral=gfl_head.Integral,
+    )
+
+
+def compare(theirs, ours, pred, *args, scale=1.0, **kwargs):
+    """Values and gradients of two modules on the same inputs.
+
+    float64: to 1e-11. float32: no worse than upstream's own float32, with upstream's float64 as the
+    truth.
+    """
+    results = []
+    for module, number in ((theirs, lambda x: x), (ours, lambda x: x), (theirs, to_double)):
+        leaf = number(pred).detach().clone().requires_grad_()
+        value = module(leaf, *number(args), **number(kwargs))
+        (grad,) = torch.autograd.grad(value, leaf, random_upstream(value))
+        results.append((value.detach(), grad))
+    for what, eager, got, truth in zip(("value", "gradient"), *results, strict=True):
+        assert got.shape == eager.shape and got.dtype == eager.dtype
+        if pred.dtype == torch.float64:
+            torch.testing.assert_close(
+                got, eager, rtol=1e-11, atol=1e-12, msg=lambda text, what=what: f"{what}: {text}"
+            )
+        else:
+            assert_no_worse(got, truth, eager, what=what, scale=scale)
+
+
+# reduction, avg_factor: what mmdetection accepts
+REDUCTIONS = [
+    ("none", None),
+    ("mean", None),
+    ("sum", None),
+    ("none", 5.0),
+    ("mean", 5),
+    ("mean", 2.5),
+    ("mean", 0.0),
+    ("mean", torch.tensor(2.5)),
+    ("mean", torch.tensor([2.5])),
+]
+
+
+def factor_of(avg_factor, dtype):
+    """Arguments for compare(). Upstream adds eps in a tensor's own dtype: in the test's, so that
+    both sides do.
+    """
+    factor = avg_factor.to(dtype) if isinstance(avg_factor, torch.Tensor) else avg_factor
+    # 0 divides by eps: 8e6 times everything, and times its rounding
+    return {
+        "avg_factor": factor,
+        "scale": 1 / EPS if factor is not None and float(factor) == 0 else 1.0,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("reduction, avg_factor", REDUCTIONS, ids=repr)
+@pytest.mark.parametrize("form", ["sparse", "dense"])
+@pytest.mark.parametrize("activated", [False, True])
+def test_quality(backend, mmdet, dtype, reduction, avg_factor, form, activated):
+    rows, classes = 60, 17
+    pred = logits(rows, classes, dtype=dtype, extremes=False)
+    if activated:
+        pred = pred.sigmoid()
+    if form == "sparse":
+        target = sparse_target((rows,), classes, score_dtype=dtype)
+    else:
+        target = dense_target((rows,), classes, dtype=dtype)
+    for beta in (2.0, 1.0, 1.5, 3.0, 0.0):
+        arguments = {
+            "beta": beta,
+            "reduction": reduction,
+            "loss_weight": 0.75,
+            "activated": activated,
+        }
+        modules = mmdet.QualityFocalLoss(**arguments), gfl_kernels.QualityFocalLoss(**arguments)
+        kwargs = factor_of(avg_factor, dtype)
+        compare(*modules, pred, target, **kwargs)
+        compare(*modules, pred, target, weight=row_weight((rows,), dtype=dtype), **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("reduction, avg_factor", REDUCTIONS, ids=repr)
+def test_distribution(backend, mmdet, dtype, reduction, avg_factor):
+    rows, bins = 60, 17
+    pred = logits(rows, bins, dtype=dtype, extremes=False)
+    target = bin_target((rows,), bins, dtype=dtype).clamp(
+        0, bins - 1 - 0.1
+    )  # upstream indexes bin K beyond that
+    arguments = {"reduction": reduction, "loss_weight": 0.25}
+    modules = (
+        mmdet.DistributionFocalLoss(**arguments),
+        gfl_kernels.DistributionFocalLoss(**arguments),
+    )
+    kwargs = factor_of(avg_factor, dtype)
+    compare(*modules, pred, target, **kwargs)
+    compare(*modules, pred, target, weight=row_weight((rows,), dtype=dtype), **kwargs)
+
+
+@pytest.mark.parametrize("reg_max", [16, 7, 1, 32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_integral(backend, mmdet, reg_max, dtype):
+    theirs, ours = mmdet.Integral(reg_max), gfl_kernels.Integral(reg_max)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    for shape in [
+        (50, 4 * (reg_max + 1)),
+        (1, 4 * (reg_max + 1)),
+        (0, 4 * (reg_max + 1)),
+        (3, 5, 4 * (reg_max + 1)),
+    ]:
+        if 0 in shape:
+            assert (
+                ours(torch.zeros(shape, dtype=dtype)).shape
+                == theirs(torch.zeros(shape, dtype=dtype)).shape
+            )
+        else:
+            # the values go up to reg_max, and so does their rounding
+            compare(theirs, ours, logits(*shape, dtype=dtype, extremes=False), scale=reg_max)
+
+
+@pytest.mark.parametrize("override", ["none", "mean", "sum", None])
+def test_reduction_override(backend, mmdet, override):
+    pred, target = (
+        logits(20, 5, dtype=torch.float64),
+        sparse_target((20,), 5, score_dtype=torch.float64),
+    )
+    for base in ("none", "mean", "sum"):
+        modules = (
+            mmdet.QualityFocalLoss(reduction=base),
+            gfl_kernels.QualityFocalLoss(reduction=base),
+        )
+        compare(*modules, pred, target, reduction_override=override)
+        modules = (
+            mmdet.DistributionFocalLoss(reduction=base),
+            gfl_kernels.DistributionFocalLoss(reduction=base),
+        )
+        compare(
+            *modules, pred, torch.rand(20, dtype=torch.float64) * 3.9, reduction_override=override
+        )
+
+
+def test_refusals(backend, mmdet):
+    """The same misuse is refused by both; upstream asserts where we raise ValueError."""
+    pred, target = torch.zeros(3, 4), (torch.zeros(3, dtype=torch.int64), torch.zeros(3))
+    for package in (mmdet, gfl_kernels):
+        with pytest.raises((AssertionError, ValueError)):
+            package.QualityFocalLoss(use_sigmoid=False)
+        with pytest.raises((AssertionError, ValueError)):
+            package.QualityFocalLoss()(pred, target, reduction_override="average")
+        with pytest.raises(ValueError, match='avg_factor can not be used with reduction="sum"'):
+            package.QualityFocalLoss(reduction="sum")(pred, target, avg_factor=2.0)
+        with pytest.raises(ValueError, match='avg_factor can not be used with reduction="sum"'):
+            package.DistributionFocalLoss()(
+                pred, torch.zeros(3), avg_factor=2.0, reduction_override="sum"
+            )
+
+
+def test_labels_in_every_dtype_and_outside_the_classes(backend, mmdet):
+    pred = logits(40, 7, dtype=torch.float64, extremes=False)
+    score = torch.rand(40, dtype=torch.float64)
+    for values in ([0, 6, 7, -1], [-2, 8, 100, 3], [0, 0, 6, 6]):
+        label = torch.tensor(values).repeat(10)
+        dtypes = [torch.int64, torch.int32, torch.int16, torch.float32]
+        for dtype in dtypes + ([torch.uint8] if min(values) >= 0 else []):
+            compare(
+                mmdet.QualityFocalLoss(),
+                gfl_kernels.QualityFocalLoss(),
+                pred,
+                (label.to(dtype), score),
+            )
+    label = torch.full((40,), 255, dtype=torch.uint8)
+    compare(mmdet.QualityFocalLoss(), gfl_kernels.QualityFocalLoss(), pred, (label, score))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_large_logits(backend, mmdet, dtype):
+    """In float32 upstream loses the cross entropy of negatives below -17; float64 is the truth for
+    both.
+    """
+    pred = logits(200, 9, dtype=dtype, seed=3)
+    target = sparse_target((200,), 9, score_dtype=dtype)
+    compare(mmdet.QualityFocalLoss(), gfl_kernels.QualityFocalLoss(), pred, target)
+
+
+@pytest.mark.parametrize("name", ["QualityFocalLoss", "DistributionFocalLoss", "Integral"])
+def test_signatures_and_state(mmdet, name):
+    """Names, order, defaults and kinds of every parameter; attributes a config reads; state_dict
+    keys.
+    """
+    theirs, ours = getattr(mmdet, name), getattr(gfl_kernels, name)
+    for method in ("__init__", "forward"):
+        expected = inspect.signature(getattr(theirs, method)).parameters.values()
+        got = inspect.signature(getattr(ours, method)).parameters.values()
+        assert [(p.name, p.default, p.kind) for p in got] == [
+            (p.name, p.default, p.kind) for p in expected
+        ]
+    a, b = theirs(), ours()
+    assert list(a.state_dict()) == list(b.state_dict())
+    assert ours.__name__ == theirs.__name__
+    for attribute in vars(a).keys() - set(vars(torch.nn.Module())):
+        assert getattr(b, attribute) == getattr(a, attribute), attribute
+    for key, value in a.state_dict().items():
+        assert torch.equal(b.state_dict()[key], value) and b.state_dict()[key].dtype == value.dtype
+
+
+def test_checkpoints_load_both_ways(mmdet):
+    theirs, ours = (
+        torch.nn.ModuleDict({"integral": mmdet.Integral(16)}),
+        torch.nn.ModuleDict({"integral": gfl_kernels.Integral(16)}),
+    )
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+
+
+def test_score_gradient(mmdet):
+    """Upstream differentiates with respect to the score too (every head detaches it): served by the
+    reference.
+    """
+    pred, label = (
+        logits(12, 4, dtype=torch.float64, extremes=False),
+        torch.tensor([0, 1, 2, 3, 4, -1] * 2),
+    )
+    grads = []
+    for module in (mmdet.QualityFocalLoss(), gfl_kernels.QualityFocalLoss()):
+        score = torch.linspace(0.1, 0.9, 12, dtype=torch.float64).requires_grad_()
+        weight = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).requires_grad_()
+        grads.append(torch.autograd.grad(module(pred, (label, score), weight), (score, weight)))
+    for expected, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_mean_over_no_rows_differs_on_purpose(backend, mmdet):
+    """Upstream gives NaN, which ends a DDP run; here it is 0, connected to the graph."""
+    pred, target = (
+        torch.zeros(0, 4, requires_grad=True),
+        (torch.zeros(0, dtype=torch.int64), torch.zeros(0)),
+    )
+    assert bool(mmdet.QualityFocalLoss()(pred, target).isnan())
+    ours = gfl_kernels.QualityFocalLoss()(pred, target)
+    assert float(ours.detach()) == 0.0 and ours.requires_grad
+
+
+def test_half_logits_outside_autocast(backend, mmdet):
+    """Upstream raises (index put of a float32 score into half); ours computes in float32."""
+    pred = logits(10, 4, dtype=torch.bfloat16, extremes=False)
+    target = sparse_target((10,), 4)
+    with pytest.raises(RuntimeError):
+        mmdet.QualityFocalLoss()(pred, target)
+    got = gfl_kernels.QualityFocalLoss()(pred, target)
+    expected = mmdet.QualityFocalLoss()(pred.float(), target)
+    assert_no_worse(got, expected, expected, what="bfloat16 logits")
