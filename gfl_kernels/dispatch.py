@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -67,7 +68,8 @@ class use_backend:
 
 def _tracing_for_export() -> bool:
     """Exported graphs hold plain PyTorch operations, so that they run where gfl_kernels is not installed."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    # Both ONNX exporters are among these: one traces, the other exports.
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _cpu_obstacle(pred: Tensor, *constants: Tensor | None) -> str | None:
@@ -109,4 +111,9 @@ def kernel(name: str, pred: Tensor):
         obstacle = _cpu_obstacle(pred)
     if obstacle is not None:
         raise RuntimeError(f"gfl_kernels::{name} has no kernel to run: {obstacle}")
+    return _native_op(name)
+
+
+@cache
+def _native_op(name: str):
     return getattr(torch.ops.gfl_native, name).default

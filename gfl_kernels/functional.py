@@ -120,7 +120,7 @@ def integral(pred: Tensor, *, bins: Tensor | None = None, bin_dim: int = -1) -> 
         bins = bins.to(reference.accumulate_dtype(pred.dtype))
     if torch.compiler.is_compiling():
         return torch.ops.gfl_kernels.integral_forward(pred, bins)
-    return DistributionIntegral.apply(pred, bins)
+    return ops.apply(DistributionIntegral, pred, bins)
 
 
 def _quality_focal_loss(
@@ -266,7 +266,7 @@ def _run(function, op, tensors, constants, reduction: str, avg_factor, loss_weig
     if compiling:
         loss = op(*tensors, avg_factor, *constants, scale, code, write_grad)[0]
     else:
-        loss = function.apply(*tensors, avg_factor, *constants, scale, code, write_grad)
+        loss = ops.apply(function, *tensors, avg_factor, *constants, scale, code, write_grad)
     return loss if avg_factor is None or avg_factor.dim() == 0 else loss.view(1)
 
 
@@ -278,6 +278,8 @@ def _check_pred(name: str, pred, dim: int, size: str, dim_name: str) -> None:
         raise TypeError(f"{name}: pred must be a Tensor, got {type(pred).__name__}")
     if not pred.is_floating_point():
         raise TypeError(f"{name}: pred must have a floating dtype, got {pred.dtype}")
+    if pred.layout is not torch.strided:
+        raise _wrong_layout(name, "pred", pred)
     if not isinstance(dim, int):
         raise TypeError(f"{name}: {dim_name} must be an int, got {type(dim).__name__}")
     dims = pred.dim()
@@ -319,10 +321,12 @@ def _check_number(name: str, argument: str, value, also: str = "") -> None:
 def _check_tensor(name: str, argument: str, tensor, pred: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: {argument} must be a Tensor, got {type(tensor).__name__}")
-    if tensor.device != pred.device:
+    if not (tensor.is_cpu and pred.is_cpu) and tensor.device != pred.device:  # building two devices takes a while
         raise _wrong_device(name, argument, tensor, pred)
     if tensor.is_complex():
         raise TypeError(f"{name}: {argument} must have a real dtype, got {tensor.dtype}")
+    if tensor.layout is not torch.strided:
+        raise _wrong_layout(name, argument, tensor)
 
 
 def _check_row_tensor(name: str, argument: str, tensor, pred: Tensor, rows: torch.Size) -> None:
@@ -337,3 +341,7 @@ def _wrong_shape(name: str, argument: str, what: str, expected, tensor: Tensor) 
 
 def _wrong_device(name: str, argument: str, tensor: Tensor, pred: Tensor) -> ValueError:
     return ValueError(f"{name}: {argument} must be on pred's device {pred.device}, got {tensor.device}")
+
+
+def _wrong_layout(name: str, argument: str, tensor: Tensor) -> TypeError:
+    return TypeError(f"{name}: {argument} must be a dense (strided) tensor, got {tensor.layout}")

@@ -100,74 +100,60 @@ for _name, _signature in SCHEMAS.items():
 # ---- autograd -------------------------------------------------------------------------------------------------------
 
 
-def _ready_gradient(grad: Tensor, grad_loss: Tensor) -> Tensor | None:
-    """The gradient out of what forward left for an upstream gradient of 1, or None if it has to be computed again.
-
-    float32 and float64 are scaled; bfloat16 is not, since that would round a second time.
-    """
-    return grad * grad_loss if grad.dtype in (torch.float32, torch.float64) else None
+def _save(ctx, tensors: int, inputs, grad: Tensor) -> None:
+    """Keep the forward op's inputs (tensors of them first, write_grad last) and the gradient it wrote, if it did."""
+    ctx.save_for_backward(*inputs[:tensors], grad if inputs[-1] else None)
+    ctx.constants = inputs[tensors:-1]
 
 
-class _LossFunction(torch.autograd.Function):
-    """What the two losses share. A subclass names its ops; inputs are the forward op's, tensors first."""
-
-    forward_op: str
-    backward_op: str
-    tensors: int  # how many of the inputs
-
-    @classmethod
-    def _setup(cls, ctx, inputs, grad: Tensor | None) -> None:
-        ctx.save_for_backward(*inputs[: cls.tensors], grad)
-        ctx.constants = inputs[cls.tensors : -1]
-
-    @classmethod
-    def _backward(cls, ctx, grad_loss: Tensor, eager: bool) -> Tensor:
-        *tensors, grad = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # create_graph=True: through the op, whose own derivative is refused by name (_refuse_double_backward).
-            return getattr(torch.ops.gfl_kernels, cls.backward_op)(grad_loss, *tensors, *ctx.constants)
-        if grad is not None:
-            # On the CPU the host may look: 1 is what loss.backward() sends, and then the saved tensor goes out as it
-            # is. It is out of autograd's hands there, so a graph that is kept for another backward gives a copy.
-            if eager and grad_loss.item() == 1:
-                return grad.clone() if torch._C._autograd._get_current_graph_task_keep_graph() else grad
-            ready = _ready_gradient(grad, grad_loss)
-            if ready is not None:
-                return ready
-        op = dispatch.kernel(cls.backward_op, tensors[0]) if eager else getattr(torch.ops.gfl_kernels, cls.backward_op)
-        return op(grad_loss, *tensors, *ctx.constants)
+def _gradient(ctx, grad_loss: Tensor, name: str, eager: bool) -> Tensor:
+    """pred's gradient, out of what _save kept. name: the backward op."""
+    *tensors, grad = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        # create_graph=True: through the op, whose own derivative is refused by name (_refuse_double_backward).
+        return getattr(torch.ops.gfl_kernels, name)(grad_loss, *tensors, *ctx.constants)
+    if grad is not None:
+        # Forward left the gradient for an upstream gradient of 1. On the CPU the host may look (unless the tensor is a
+        # fake one): 1 is what loss.backward() sends, and then the saved tensor goes out as it is. It is out of
+        # autograd's hands there, so a graph that is kept for another backward gives a copy.
+        if eager and type(grad_loss) is Tensor and grad_loss.item() == 1:
+            return grad.clone() if torch._C._autograd._get_current_graph_task_keep_graph() else grad
+        # Scaling would round a bfloat16 gradient a second time: that one is computed again.
+        if grad.dtype is not torch.bfloat16:
+            return grad * grad_loss
+    op = dispatch.kernel(name, tensors[0]) if eager else getattr(torch.ops.gfl_kernels, name)
+    return op(grad_loss, *tensors, *ctx.constants)
 
 
-class QualityFocal(_LossFunction):
+class QualityFocal(torch.autograd.Function):
     """Quality Focal Loss; arguments are those of ``gfl_kernels::quality_forward``."""
-
-    forward_op, backward_op, tensors = "quality_forward", "quality_backward", 5
 
     @staticmethod
     def forward(ctx, *inputs):
         loss, grad = dispatch.kernel("quality_forward", inputs[0])(*inputs)
-        QualityFocal._setup(ctx, inputs, grad if inputs[-1] else None)
+        _save(ctx, 5, inputs, grad)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return (QualityFocal._backward(ctx, grad_loss, eager=True), *[None] * 9)
+        return (_gradient(ctx, grad_loss, "quality_backward", eager=True), *_NO_GRADIENT[:9])
 
 
-class DistributionFocal(_LossFunction):
+class DistributionFocal(torch.autograd.Function):
     """Distribution Focal Loss; arguments are those of ``gfl_kernels::distribution_forward``."""
-
-    forward_op, backward_op, tensors = "distribution_forward", "distribution_backward", 6
 
     @staticmethod
     def forward(ctx, *inputs):
         loss, grad = dispatch.kernel("distribution_forward", inputs[0])(*inputs)
-        DistributionFocal._setup(ctx, inputs, grad if inputs[-1] else None)
+        _save(ctx, 6, inputs, grad)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return (DistributionFocal._backward(ctx, grad_loss, eager=True), *[None] * 8)
+        return (_gradient(ctx, grad_loss, "distribution_backward", eager=True), *_NO_GRADIENT[:8])
+
+
+_NO_GRADIENT = (None,) * 9  # for the inputs after pred
 
 
 class DistributionIntegral(torch.autograd.Function):
@@ -186,17 +172,25 @@ class DistributionIntegral(torch.autograd.Function):
         return dispatch.kernel("integral_backward", pred)(grad_out, pred, bins), None
 
 
-def _register_loss_autograd(function: type[_LossFunction]) -> None:
+def apply(function: type[torch.autograd.Function], *inputs) -> Tensor:
+    """function.apply without its Python wrapper, which only serves torch.func transforms; dispatch keeps those out.
+
+    That wrapper is a twentieth of a call on 64 x 80 logits.
+    """
+    return super(torch.autograd.Function, function).apply(*inputs)
+
+
+def _register_loss_autograd(family: str, tensors: int) -> None:
     """The op itself is differentiable too: for compiled graphs and for users of ``torch.ops.gfl_kernels``."""
 
     def setup_context(ctx, inputs, output):
-        function._setup(ctx, inputs, output[1] if inputs[-1] else None)
-        ctx.inputs = len(inputs)
+        _save(ctx, tensors, inputs, output[1])
+        ctx.others = len(inputs) - 1
 
     def backward(ctx, grad_loss, _grad_of_grad):
-        return (function._backward(ctx, grad_loss, eager=False), *[None] * (ctx.inputs - 1))
+        return (_gradient(ctx, grad_loss, f"{family}_backward", eager=False), *[None] * ctx.others)
 
-    name = f"gfl_kernels::{function.forward_op}"
+    name = f"gfl_kernels::{family}_forward"
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_libraries[0])
 
 
@@ -211,8 +205,8 @@ def _refuse_double_backward(name: str) -> None:
     torch.library.register_autograd(f"gfl_kernels::{name}", backward, lib=_libraries[0])
 
 
-_register_loss_autograd(QualityFocal)
-_register_loss_autograd(DistributionFocal)
+_register_loss_autograd("quality", 5)
+_register_loss_autograd("distribution", 6)
 torch.library.register_autograd(
     "gfl_kernels::integral_forward",
     lambda ctx, grad_out: (torch.ops.gfl_kernels.integral_backward(grad_out, *ctx.saved_tensors), None),

@@ -27,7 +27,7 @@ FUSED = tuple(name for name in BACKENDS if name != "reference")
 # promise; float32's is what a product of three factors gets from an exp and a log1p that are each
 # good to 3e-7.
 ATOL = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-6}
-RTOL = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-9}
+RTOL = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALF)
@@ -121,7 +121,9 @@ def assert_no_worse(got, truth, eager, *, what, scale=1.0):
         + ATOL[dtype] * scale
         + RTOL[dtype] * truth.abs()
     )
-    good = torch.where(special, same, err <= bound)
+    # Where eager itself leaves the range on the way (a spread of 6e38), the same end is no worse.
+    like_eager = ~eager.isfinite() & ((got == eager) | (got.isnan() & eager.isnan()))
+    good = torch.where(special, same, (err <= bound) | like_eager)
     if not bool(good.all()):
         over = torch.where(
             good, -1.0, torch.where(err.isfinite(), err / bound.clamp(min=1e-300), INF)

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import torch._dynamo.testing
+import torch._subclasses.fake_tensor
 import torch.utils.checkpoint
 from support import (
     assert_no_worse,
@@ -277,6 +278,16 @@ def test_compile_sees_a_change_of_backend(fused):
         compiled(pred)
     compiled(pred)
     assert [any("gfl_kernels" in name for name in graph) for graph in graphs] == [True, False]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "quality_probability"])
+def test_fake_tensors(backend, name):
+    """Memory estimators run a step on tensors without values: nothing may look at one."""
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        function = calls(device=backend.device)[name]
+        leaf = torch.randn(40, 17, device=backend.device).requires_grad_()
+        function(leaf).sum().backward()
+        assert leaf.grad.shape == leaf.shape and leaf.grad.dtype == leaf.dtype
 
 
 # ---- autocast and GradScaler

@@ -230,18 +230,22 @@ def test_distance_and_objections():
     control = compare.distance(near, base)
     assert control.largest == pytest.approx(1e-4)
     assert control.rms == pytest.approx(1e-4)
-    assert compare.objections(compare.distance(base, base), control) == []
-    assert compare.objections(control, control) == []
-    whole, early = compare.objections(compare.distance(far, base), control)
+    assert compare.objections(compare.distance(base, base), [control]) == []
+    assert compare.objections(control, [control]) == []
+    whole, early = compare.objections(compare.distance(far, base), [control])
     assert "rms" in whole and "first" in early
+    assert (
+        compare.objections(compare.distance(far, base), [control, compare.distance(far, base)])
+        == []
+    )
     late = compare.distance(base[:40] + far[40:], base)
-    assert compare.objections(late, compare.distance(base[:40] + far[40:], base)) == []
-    (objection,) = compare.objections(control, late)
+    assert compare.objections(late, [late]) == []
+    (objection,) = compare.objections(control, [late])
     assert "first" in objection
     broken = compare.distance([*base[:-1], float("nan")], base)
-    assert "nan" in compare.objections(broken, control)[0]
+    assert "nan" in compare.objections(broken, [control])[0]
     same = compare.distance(base, base)
-    assert "bit-identical" in compare.objections(same, same)[0]
+    assert "bit-identical" in compare.objections(same, [control, same])[0]
 
 
 @pytest.mark.slow

@@ -295,8 +295,8 @@ def test_trap_13_reductions(backend):
 
 
 def test_trap_14_weights_of_every_kind(backend):
-    """None, rows, elements, stride-0 views, another dtype; [N, 1] and a wrong device are refused,
-    not broadcast.
+    """None, rows, [N, 1], elements, stride-0 views, another dtype; a wrong shape or device is
+    refused, not broadcast.
     """
     pred, target = logits(8, 5), sparse_target((8,), 5)
     base = row_weight((8,))
@@ -321,7 +321,12 @@ def test_trap_14_weights_of_every_kind(backend):
         avg_factor=4.0,
         what="reshape",
     )
-    for bad in (base[:, None], base.to("meta"), torch.rand(5)):
+    column, rows = (
+        quality_focal_loss(pred, target, weight=weight, reduction="none")
+        for weight in (base[:, None], base)
+    )
+    assert torch.equal(column, rows)
+    for bad in (base[None], base.to("meta"), torch.rand(5), torch.rand(8, 2)):
         with pytest.raises(ValueError, match="weight"):
             quality_focal_loss(pred, target, weight=bad)
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -83,7 +84,7 @@ class Problem {
     *operand = Operand{};
     if (!view) return;
     if (scalar && view->ndim == 0) {
-      names_.push_back({view, operand, 0});
+      entries_[count_++] = {view, operand, 0};
     } else {
       const int dims = ndim_ + per_column;
       bool same = view->ndim == dims;
@@ -92,7 +93,7 @@ class Problem {
         fail(op_ + ": " + name + " must have shape " + shape_of(pred_->sizes, dims) + ", got " +
              shape_of(view->sizes, view->ndim));
       }
-      names_.push_back({view, operand, ndim_});
+      entries_[count_++] = {view, operand, ndim_};
     }
     operand->data = static_cast<char*>(view->data);
     operand->dtype = view->dtype;
@@ -110,17 +111,17 @@ class Problem {
       const int64_t extent = pred_->sizes[d];
       if (extent == 1) continue;
       bool joins = n > 0;
-      for (const Entry& e : names_) joins = joins && e.operand->row[n - 1] == e.stride(d) * extent;
+      for (const Entry& e : std::span(entries_, count_)) joins = joins && e.operand->row[n - 1] == e.stride(d) * extent;
       if (!joins) {
         if (n == kMaxDims) fail(op_ + ": more than " + std::to_string(kMaxDims) + " separate row dimensions");
         size[n++] = 1;
       }
       size[n - 1] *= extent;
-      for (const Entry& e : names_) e.operand->row[n - 1] = e.stride(d);
+      for (const Entry& e : std::span(entries_, count_)) e.operand->row[n - 1] = e.stride(d);
     }
     if (n == 0) {
       size[n++] = 1;
-      for (const Entry& e : names_) e.operand->row[0] = 0;
+      for (const Entry& e : std::span(entries_, count_)) e.operand->row[0] = 0;
     }
     *ndim = n;
   }
@@ -137,7 +138,8 @@ class Problem {
   const gfl_view* pred_;
   int ndim_;
   int64_t columns_ = 0, rows_ = 1;
-  std::vector<Entry> names_;
+  Entry entries_[10];
+  int count_ = 0;
 };
 
 double scale_of(double scale, const gfl_view* avg_factor) {

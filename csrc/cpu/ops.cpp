@@ -76,6 +76,13 @@ double scale_of(const Tensor& pred, double scale, int64_t reduction) {
   return scale / static_cast<double>(std::max<int64_t>(1, rows));
 }
 
+Tensor new_tensor(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 // The loss of all rows (0-dim) or of each.
 Tensor new_loss(const Tensor& pred, bool per_row) {
   const auto sizes = pred.sizes();
@@ -85,24 +92,21 @@ Tensor new_loss(const Tensor& pred, bool per_row) {
   int64_t step = 1;
   for (int64_t d = dims - 1; d >= 0; --d) {
     strides[d] = step;
-    step *= sizes[d];
+    step *= std::max<int64_t>(1, sizes[d]);
   }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes.data(), strides, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return new_tensor(dims, sizes.data(), strides, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
 }
 
+// In pred's layout, or empty.
 Tensor new_gradient(const Tensor& pred, bool wanted) {
-  if (wanted) return torch::stable::empty_like(pred);
-  const int64_t zero = 0, one = 1;
+  // What empty_like does here, without its way through the dispatcher.
+  const bool contiguous = pred.is_contiguous();
+  if (wanted && !contiguous) return torch::stable::empty_like(pred);
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(pred.get(), &dtype));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &zero, &one, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  if (wanted) return new_tensor(pred.dim(), pred.sizes().data(), pred.strides().data(), dtype);
+  const int64_t zero = 0, one = 1;
+  return new_tensor(1, &zero, &one, dtype);
 }
 
 std::tuple<Tensor, Tensor> quality_forward(Tensor pred, Tensor target, std::optional<Tensor> score,
