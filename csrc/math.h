@@ -35,7 +35,8 @@ GFL_HD T exponential(T x) {
     T p = r * S(0.008312048893569863f) + S(0.04189449930687744f);
     p = p * r + S(0.16667133225436534f);
     p = p * r + S(0.4999920175886834f);
-    p = (p * r) * r + (r + S(1));
+    p = p * r + S(1);
+    p = p * r + S(1);
     return select(x < S(-87.33f), broadcast<T>(S(0)), p * shift_exponent(t));
   } else {
     const T t = x * S(1.4426950408889634) + S(6755399441055744.0 + 1023.0);

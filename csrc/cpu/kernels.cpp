@@ -481,12 +481,16 @@ double quality(const QualityProblem& problem, int64_t begin, int64_t count, void
 
 // ---- distribution family --------------------------------------------------------------------------------------------
 
+#define GFL_EACH_GROUP _Pragma("GCC unroll 2") for (int u = 0; u < kGroups; ++u)
+
 template <typename S>
 class Distribution {
   using A = Accumulator<S>;
   using V = Vector<A>;
+  using Mask = typename VectorTraits<V>::integer;
   static constexpr int kN = kLanes<A>;
   static constexpr int kWays = 2;
+  static constexpr int kAhead = 4096;
   static constexpr int kRows = 256;  // rows whose targets and weights are looked at together
 
  public:
@@ -526,16 +530,7 @@ class Distribution {
     V total{};
     Group groups[kGroups];
     for (int g = 0; g < active; g += kGroups * kN) {
-      for (int u = 0; u < kGroups; ++u) {
-        // Lanes beyond the last row repeat the first and count nothing.
-        const int first = g + u * kN, lanes = smaller(kN, active - first);
-        groups[u].lanes = lanes > 0 ? lanes : 0;
-        for (int i = 0; i < kN; ++i) {
-          const int at = i < lanes ? first + i : g;
-          groups[u].rows[i] = active < n ? index_[at] : at;
-        }
-        groups[u].together = lanes >= kN && groups[u].rows[kN - 1] - groups[u].rows[0] == kN - 1;
-      }
+      GFL_EACH_GROUP groups[u] = make_group(g, g + u * kN, active, active < n);
       total = total + (is_integral() ? integral_groups(r, groups) : loss_groups(r, groups));
     }
     return sum_lanes(total);
@@ -562,7 +557,12 @@ class Distribution {
       load_run(p_.weight_right, at(p_.weight_right, r), p_.weight_right.row[inner_], n, wr_);
       for (int i = 0; i < n; i += kN) {
         const V left = load(left_ + i);
-        store(left_ + i, select(left > last, broadcast<V>(last), select(left >= A(0), left, V{})));
+        const auto at_last = left >= last;
+        store(left_ + i, select(at_last, broadcast<V>(last), select(left >= A(0), left, V{})));
+        // There is no bin right of the last: its weight goes there too.
+        const V wr = load(wr_ + i);
+        store(wl_ + i, load(wl_ + i) + select(at_last, wr, V{}));
+        store(wr_ + i, select(at_last, V{}, wr));
       }
     } else {
       for (int i = 0; i < n; i += kN) {
@@ -575,46 +575,67 @@ class Distribution {
     }
   }
 
-  // kN rows, one per lane, by their numbers within the block. Two such groups run side by side: the way from the logits
-  // to the loss is one long chain of dependent operations.
+  // kN rows, one per lane. Two such groups run side by side: the way from the logits to the loss is one long chain of
+  // dependent operations.
   static constexpr int kGroups = 2;
   struct Group {
+    int64_t first;       // the first row's number within the block
+    int lanes;           // that count; the others repeat a row
+    bool together;       // all of them do, and are neighbours: rows is not filled
     int64_t rows[kN];
-    int lanes;      // that count
-    bool together;  // all of them, and neighbours
+    int64_t row(int i) const { return together ? first + i : rows[i]; }
   };
+
+  // The group of the active rows begin, begin + 1, ...; beyond the last one it repeats `spare`.
+  Group make_group(int spare, int begin, int active, bool picked) const {
+    Group group;
+    const int left = active - begin;
+    group.lanes = left < 0 ? 0 : smaller(kN, left);
+    group.together = group.lanes == kN && (!picked || index_[begin + kN - 1] - index_[begin] == kN - 1);
+    if (group.together) {
+      group.first = picked ? index_[begin] : begin;
+      return group;
+    }
+    for (int i = 0; i < kN; ++i) {
+      const int at = i < left ? begin + i : spare;
+      group.rows[i] = picked ? index_[at] : at;
+    }
+    group.first = group.rows[0];
+    return group;
+  }
+
   struct Pair {
     V of[kGroups];
     V& operator[](int u) { return of[u]; }
     const V& operator[](int u) const { return of[u]; }
   };
-#define GFL_EACH_GROUP _Pragma("GCC unroll 2") for (int u = 0; u < kGroups; ++u)
-
   V loss_groups(int64_t r, const Group* groups) {
     load_logits(r, groups);
     const Pair high = highest();
-    const A last = static_cast<A>(bins_ - 1);
-    Pair w, left, right, wl, wr;
-    GFL_EACH_GROUP {
-      w[u] = first_lanes(gather(weight_, groups[u]), groups[u].lanes);
-      left[u] = gather(left_, groups[u]);
-      wl[u] = gather(wl_, groups[u]);
-      wr[u] = gather(wr_, groups[u]);
-      right[u] = select(left[u] + A(1) > last, broadcast<V>(last), left[u] + A(1));
-    }
-    Pair sums[kWays] = {}, z_left{}, z_right{};
+    Pair left, sums[kWays] = {}, z_left{}, z_right{};
+    GFL_EACH_GROUP left[u] = gather(left_, groups[u]);
+    // The bin right of left is where the bin before it was left: one comparison serves both.
+    Mask was_left[kGroups] = {};
     V bin{};
     each_bin([&](int64_t k, int way) __attribute__((always_inline)) {
       GFL_EACH_GROUP {
         const V shifted = z_[k][u] - high[u];
-        z_left[u] = select(left[u] == bin, shifted, z_left[u]);
-        z_right[u] = select(right[u] == bin, shifted, z_right[u]);
+        const Mask is_left = left[u] == bin;
+        z_right[u] = select(was_left[u], shifted, z_right[u]);
+        z_left[u] = select(is_left, shifted, z_left[u]);
+        was_left[u] = is_left;
         const V e = exponential(shifted);
         sums[way][u] = sums[way][u] + e;
         z_[k][u] = e;
       }
       bin = bin + A(1);
     });
+    Pair w, wl, wr;
+    GFL_EACH_GROUP {
+      w[u] = first_lanes(gather(weight_, groups[u]), groups[u].lanes);
+      wl[u] = gather(wl_, groups[u]);
+      wr[u] = gather(wr_, groups[u]);
+    }
     Pair sum, loss;
     GFL_EACH_GROUP {
       sum[u] = sums[0][u] + sums[1][u];
@@ -633,9 +654,12 @@ class Distribution {
         wr[u] = wr[u] * factor;
       }
       bin = V{};
+      GFL_EACH_GROUP was_left[u] = Mask{};
       each_bin([&](int64_t k, int) __attribute__((always_inline)) {
         GFL_EACH_GROUP {
-          z_[k][u] = distribution_grad(z_[k][u] * total[u], left[u] == bin, right[u] == bin, wl[u], wr[u]);
+          const Mask is_left = left[u] == bin;
+          z_[k][u] = distribution_grad(z_[k][u] * total[u], is_left, was_left[u], wl[u], wr[u]);
+          was_left[u] = is_left;
         }
         bin = bin + A(1);
       });
@@ -701,34 +725,66 @@ class Distribution {
   S* grads(int64_t row) const { return reinterpret_cast<S*>(p_.grad.data) + at(p_.grad, row); }
 
   void load_logits(int64_t r, const Group* groups) {
-    GFL_EACH_GROUP load_rows(r, groups[u], u);
+    GFL_EACH_GROUP {
+      const S* const base = logits(r);
+      if (p_.pred.column == 1) ahead<0>(base + groups[u].first * p_.pred.row[inner_]);
+      const int64_t step = p_.pred.row[inner_];
+      if (groups[u].together) {
+        const S* const first = base + groups[u].first * step;
+        if (step == 1) {
+          for (int64_t k = 0; k < bins_; ++k) z_[k][u] = load(first + k * p_.pred.column);
+        } else {
+          load_rows(u, [&](int i) __attribute__((always_inline)) { return first + i * step; });
+        }
+      } else {
+        load_rows(u, [&](int i) __attribute__((always_inline)) { return base + groups[u].rows[i] * step; });
+      }
+    }
   }
+  // Asks for the memory that comes some groups later: hardware prefetchers stop at every page.
+  template <int kWrite>
+  __attribute__((always_inline)) void ahead(const S* row) {
+    const char* const from = reinterpret_cast<const char*>(row) + kAhead;
+    const int64_t bytes = kN * bins_ * static_cast<int64_t>(sizeof(S));
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b, kWrite);
+  }
+
   void store_grads(int64_t r, const Group* groups) {
     GFL_EACH_GROUP {
-      if (groups[u].lanes > 0) store_rows(r, groups[u], u);
+      S* const base = grads(r);
+      if (p_.grad.column == 1) ahead<1>(base + groups[u].first * p_.grad.row[inner_]);
+      const int64_t step = p_.grad.row[inner_];
+      if (groups[u].together) {
+        S* const first = base + groups[u].first * step;
+        if (step == 1) {
+          for (int64_t k = 0; k < bins_; ++k) store(first + k * p_.grad.column, z_[k][u]);
+        } else {
+          store_rows(u, kN, [&](int i) __attribute__((always_inline)) { return first + i * step; });
+        }
+      } else if (groups[u].lanes > 0) {
+        store_rows(u, groups[u].lanes,
+                   [&](int i) __attribute__((always_inline)) { return base + groups[u].rows[i] * step; });
+      }
     }
   }
 
-  // z_[k][u] lane i = bin k of the group's row i.
-  void load_rows(int64_t r, const Group& group, int u) {
+  // z_[k][u] lane i = bin k of the row at row(i).
+  template <typename Row>
+  __attribute__((always_inline)) void load_rows(int u, const Row& row) {
     const int64_t stride = p_.pred.column;
-    if (p_.pred.row[inner_] == 1 && group.together) {
-      for (int64_t k = 0; k < bins_; ++k) z_[k][u] = load(logits(r + group.rows[0]) + k * stride);
-      return;
-    }
-    const S* row[kN];
-    for (int i = 0; i < kN; ++i) row[i] = logits(r + group.rows[i]);
     int64_t k = 0;
     if (stride == 1) {
       V square[kN];
       for (; k + kN <= bins_; k += kN) {
-        for (int i = 0; i < kN; ++i) square[i] = load(row[i] + k);
+#pragma GCC unroll 16
+        for (int i = 0; i < kN; ++i) square[i] = load(row(i) + k);
         transpose(square);
 #pragma GCC unroll 16
         for (int j = 0; j < kN; ++j) z_[k + j][u] = square[j];
       }
       if (const int rest = static_cast<int>(bins_ - k); rest > kN / 4) {
-        for (int i = 0; i < kN; ++i) square[i] = load_first(row[i] + k, rest);
+#pragma GCC unroll 16
+        for (int i = 0; i < kN; ++i) square[i] = load_first(row(i) + k, rest);
         transpose(square);
 #pragma GCC unroll 16
         for (int j = 0; j < kN; ++j) {
@@ -740,20 +796,14 @@ class Distribution {
     for (; k < bins_; ++k) {
       A column[kN];
 #pragma GCC unroll 16
-      for (int i = 0; i < kN; ++i) column[i] = to_number(row[i][k * stride]);
+      for (int i = 0; i < kN; ++i) column[i] = to_number(row(i)[k * stride]);
       z_[k][u] = load(column);
     }
   }
 
-  void store_rows(int64_t r, const Group& group, int u) {
+  template <typename Row>
+  __attribute__((always_inline)) void store_rows(int u, int lanes, const Row& row) {
     const int64_t stride = p_.grad.column;
-    const int lanes = group.lanes;
-    if (p_.grad.row[inner_] == 1 && group.together) {
-      for (int64_t k = 0; k < bins_; ++k) store(grads(r + group.rows[0]) + k * stride, z_[k][u]);
-      return;
-    }
-    S* row[kN];
-    for (int i = 0; i < kN; ++i) row[i] = grads(r + group.rows[i]);
     int64_t k = 0;
     if (stride == 1) {
       V square[kN];
@@ -763,7 +813,7 @@ class Distribution {
         transpose(square);
 #pragma GCC unroll 16
         for (int i = 0; i < kN; ++i) {
-          if (i < lanes) store(row[i] + k, square[i]);
+          if (i < lanes) store(row(i) + k, square[i]);
         }
       }
       if (const int rest = static_cast<int>(bins_ - k); rest > kN / 4) {
@@ -772,7 +822,7 @@ class Distribution {
         transpose(square);
 #pragma GCC unroll 16
         for (int i = 0; i < kN; ++i) {
-          if (i < lanes) store_first(row[i] + k, square[i], rest);
+          if (i < lanes) store_first(row(i) + k, square[i], rest);
         }
         return;
       }
@@ -780,7 +830,10 @@ class Distribution {
     for (; k < bins_; ++k) {
       S column[kN];
       store(column, z_[k][u]);
-      for (int i = 0; i < lanes; ++i) row[i][k * stride] = column[i];
+#pragma GCC unroll 16
+      for (int i = 0; i < kN; ++i) {
+        if (i < lanes) row(i)[k * stride] = column[i];
+      }
     }
   }
 
@@ -800,10 +853,10 @@ class Distribution {
 
   // A value per row of a group, out to memory or in from an array of the block.
   void write_values(int64_t r, const Group& group, V values) {
-    for (int i = 0; i < group.lanes; ++i) write_out(r + group.rows[i], values[i]);
+    for (int i = 0; i < group.lanes; ++i) write_out(r + group.row(i), values[i]);
   }
   static V gather(const A* values, const Group& group) {
-    if (group.together) return load(values + group.rows[0]);
+    if (group.together) return load(values + group.first);
     V v;
     for (int i = 0; i < kN; ++i) v[i] = values[group.rows[i]];
     return v;

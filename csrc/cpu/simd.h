@@ -266,38 +266,84 @@ GFL_INLINE double sum_lanes(V v) {
 
 // ---- transposition of a square of lanes x lanes ---------------------------------------------------------------------
 
-// Lane l of the low output is a's where bit D of l is clear, and b's lane l - D elsewhere; the high output holds the rest.
-#define GFL_BUTTERFLY(V, I, N)                                                          \
-  template <int D>                                                                      \
-  GFL_INLINE void butterfly(V& a, V& b) {                                               \
-    I low, high;                                                                        \
-    for (int l = 0; l < N; ++l) {                                                       \
-      low[l] = (l & D) ? N + l - D : l;                                                 \
-      high[l] = (l & D) ? N + l : l + D;                                                \
-    }                                                                                   \
-    const V t = __builtin_shuffle(a, b, low);                                           \
-    b = __builtin_shuffle(a, b, high);                                                  \
-    a = t;                                                                              \
-  }
-GFL_BUTTERFLY(F32, I32, kLanes<float>)
-GFL_BUTTERFLY(F64, I64, kLanes<double>)
-#undef GFL_BUTTERFLY
-
-template <int D, typename V>
-GFL_INLINE void transpose_stage(V* rows) {
-  constexpr int n = sizeof(V) / sizeof(scalar_t<V>);
-  if constexpr (D < n) {
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) {
-      if (!(i & D)) butterfly<D>(rows[i], rows[i + D]);
-    }
-    transpose_stage<2 * D>(rows);
-  }
+// Lane l of the result is lane pick(l) of a followed by b.
+template <typename V, typename F>
+GFL_INLINE V shuffle(V a, V b, const F& pick) {
+  constexpr int lanes = sizeof(V) / sizeof(scalar_t<V>);
+  typename VectorTraits<V>::integer index;
+  for (int l = 0; l < lanes; ++l) index[l] = pick(l);
+  return __builtin_shuffle(a, b, index);
 }
-// rows[i] lane j <-> rows[j] lane i.
+
+// Blocks of `size` lanes: the even ones of a and b interleaved, or the odd ones (unpack within 128 bits, for a size of 1
+// or 2 and n = 4); and all even blocks of a before all of b.
+template <int size, typename V>
+GFL_INLINE void interleave(V& a, V& b) {
+  constexpr int lanes = sizeof(V) / sizeof(scalar_t<V>), n = 16 / static_cast<int>(sizeof(scalar_t<V>));
+  const auto pick = [](int l, int half) {
+    const int in = l % n, block = in / size, from = half * n / 2 + block / 2 * size + in % size;
+    return l - in + from + (block & 1) * lanes;
+  };
+  const V low = shuffle(a, b, [&](int l) { return pick(l, 0); });
+  b = shuffle(a, b, [&](int l) { return pick(l, 1); });
+  a = low;
+}
+
+// The low half of a before that of b, and the high halves.
+template <typename V>
+GFL_INLINE void join_halves(V& a, V& b) {
+  constexpr int lanes = sizeof(V) / sizeof(scalar_t<V>), half = lanes / 2;
+  const V low = shuffle(a, b, [](int l) { return l < half ? l : l - half + lanes; });
+  b = shuffle(a, b, [](int l) { return l < half ? l + half : l + lanes; });
+  a = low;
+}
+
+// Of 128-bit blocks: the even ones of a before those of b, and the odd ones.
+template <typename V>
+GFL_INLINE void part_blocks(V& a, V& b) {
+  constexpr int lanes = sizeof(V) / sizeof(scalar_t<V>), n = 16 / static_cast<int>(sizeof(scalar_t<V>)), half = lanes / 2;
+  const auto pick = [](int l, int odd) {
+    const int in = l % half;
+    return (in / n * 2 + odd) * n + in % n + (l < half ? 0 : lanes);
+  };
+  const V even = shuffle(a, b, [&](int l) { return pick(l, 0); });
+  b = shuffle(a, b, [&](int l) { return pick(l, 1); });
+  a = even;
+}
+
+// rows[i] lane j <-> rows[j] lane i. First within 128-bit blocks, where a shuffle costs least, then the blocks.
 template <typename V>
 GFL_INLINE void transpose(V* rows) {
-  transpose_stage<1>(rows);
+  constexpr int lanes = sizeof(V) / sizeof(scalar_t<V>), n = 16 / static_cast<int>(sizeof(scalar_t<V>));
+#pragma GCC unroll 16
+  for (int g = 0; g < lanes; g += n) {
+    if constexpr (n == 4) {
+      interleave<1>(rows[g], rows[g + 1]);
+      interleave<1>(rows[g + 2], rows[g + 3]);
+      interleave<2>(rows[g], rows[g + 2]);
+      interleave<2>(rows[g + 1], rows[g + 3]);
+      const V second = rows[g + 1];
+      rows[g + 1] = rows[g + 2];
+      rows[g + 2] = second;
+    } else {
+      interleave<1>(rows[g], rows[g + 1]);
+    }
+  }
+  // rows[g n + j] holds, in block b, column b n + j of the rows g n, g n + 1, ...
+#pragma GCC unroll 16
+  for (int j = 0; j < n; ++j) {
+    if constexpr (lanes / n == 2) join_halves(rows[j], rows[n + j]);
+    if constexpr (lanes / n == 4) {
+      V &a = rows[j], &b = rows[n + j], &c = rows[2 * n + j], &d = rows[3 * n + j];
+      join_halves(a, b);
+      join_halves(c, d);
+      part_blocks(a, c);
+      part_blocks(b, d);
+      const V second = b;  // a, b, c, d are the columns of the blocks 0, 2, 1, 3
+      b = c;
+      c = second;
+    }
+  }
 }
 
 // Flush denormals to zero while in scope. A logit around -33 or -95 makes denormal products, at 100 cycles each.
