@@ -25,16 +25,16 @@ help: ## This list
 venv: $(VENV)/.package ## Create .venv with everything development needs
 
 demo: $(VENV)/.package ## Train a detector on scanned digits with plain and with fused losses
-	$(PY) bench/train_digits.py $(DEMO_ARGS)
+	$(PY) -m bench.train_digits $(DEMO_ARGS)
 
 test: $(VENV)/.package ## All tests (PYTEST_ARGS, JOBS)
 	$(PY) -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 bench: $(VENV)/.package ## Benchmarks of the ops; tables and charts go to bench/out
-	$(PY) bench/run.py $(BENCH_ARGS)
+	$(PY) -m bench.run $(BENCH_ARGS)
 
 bench-quick: $(VENV)/.package ## The same in under two minutes
-	$(PY) bench/run.py --quick $(BENCH_ARGS)
+	$(PY) -m bench.run --quick $(BENCH_ARGS)
 
 # The installed copy is found before the one in the source tree through PYTHONPATH; pytest runs from the
 # build folder because `python -m` puts the current folder first.

@@ -15,11 +15,14 @@ def report() -> str:
     lines = [
         f"gfl_kernels {__version__}",
         f"python      {sys.version.split()[0]} on {platform.platform()}",
-        f"torch       {torch.__version__} (CUDA {torch.version.cuda or 'no'}, {torch.get_num_threads()} CPU threads)",
+        f"torch       {torch.__version__} (CUDA {torch.version.cuda or 'no'})",
+        f"threads     {torch.get_num_threads()}",
     ]
     info = native.build_info()
     if info:
-        lines.append(f"library     built by {info['compiler']} against torch {info['built_against_torch']}")
+        lines.append(
+            f"library     built by {info['compiler']} against torch {info['built_against_torch']}"
+        )
         lines.append(f"cpu isa     {native.cpu_isa()} of {', '.join(native.available_isas())}")
     lines += ["", "backends:"]
     lines += [f"  {name:<10}{state}" for name, state in backends().items()]

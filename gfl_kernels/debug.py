@@ -1,4 +1,4 @@
-"""Value checks of GFL_KERNELS_DEBUG=1. They read the tensors on the host, so they are off otherwise."""
+"""Value checks of GFL_KERNELS_DEBUG=1. They read the tensors on the host: off otherwise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ def _first_bad(name: str, argument: str, tensor: Tensor, bad: Tensor, expected: 
         index = tuple(bad.nonzero()[0].tolist())
         where = index[0] if len(index) == 1 else index
         value = tensor[index].item()
-        raise ValueError(f"{name}: {argument} must be {expected}; row {where} has {value} ({int(bad.sum())} such rows)")
+        raise ValueError(
+            f"{name}: {argument} must be {expected}; row {where} has {value} "
+            f"({int(bad.sum())} such rows)"
+        )
 
 
 def _outside(values: Tensor, low: float, high: float) -> Tensor:
@@ -29,7 +32,13 @@ def check_quality(name, pred, target, score, class_dim, activated) -> None:
         _first_bad(name, "label", target, _outside(target, -1, classes), f"in [-1, {classes}]")
         _first_bad(name, "score", score, _outside(score, -_SLACK, 1 + _SLACK), "in [0, 1]")
     if activated:
-        _first_bad(name, "pred", pred.detach(), _outside(pred.detach(), 0, 1), "in [0, 1] with activated=True")
+        _first_bad(
+            name,
+            "pred",
+            pred.detach(),
+            _outside(pred.detach(), 0, 1),
+            "in [0, 1] with activated=True",
+        )
 
 
 def check_distribution(name, target, weight_left, bins) -> None:

@@ -1,4 +1,4 @@
-"""Which backend runs. One choice, made in one function, per call; a forced backend never falls back."""
+"""Which backend runs: one choice per call, in one function. A forced backend never falls back."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Value checks of labels, scores and targets (they read the tensors): GFL_KERNELS_DEBUG=1.
 DEBUG = os.environ.get("GFL_KERNELS_DEBUG", "0") not in ("", "0")
 
-# Plain globals, not a ContextVar: torch.compile guards them and recompiles on change. A value of the environment
-# that makes no sense is reported by the first call, since importing never fails.
+# Plain globals, not a ContextVar: torch.compile guards them and recompiles on change. A value of
+# the environment that makes no sense is reported by the first call, since importing never fails.
 _forced: str | None = os.environ.get("GFL_KERNELS_BACKEND") or None
 _state: dict[str, str] = {
     "triton": "not part of this version of gfl_kernels",
@@ -36,7 +36,9 @@ def _check_usable(name: str, who: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"{who}: expected one of {', '.join(BACKENDS)}, got {name!r}")
     if _state[name] != "ok":
-        raise RuntimeError(f"{who}: backend {name!r} cannot be used: {_state[name]}; usable here: {_usable()}")
+        raise RuntimeError(
+            f"{who}: backend {name!r} cannot be used: {_state[name]}; usable here: {_usable()}"
+        )
 
 
 def _usable() -> str:
@@ -44,10 +46,12 @@ def _usable() -> str:
 
 
 class use_backend:
-    """Force a backend: ``use_backend("reference")`` from now on, ``with use_backend("cpu"):`` for a block.
+    """Force a backend: ``use_backend("reference")`` from now on, ``with use_backend("cpu"):`` for a
+    block.
 
-    None gives the choice back to the package. A forced backend that cannot run a call raises RuntimeError, and
-    says what could. The environment variable GFL_KERNELS_BACKEND does the same from outside.
+    None gives the choice back to the package. A forced backend that cannot run a call raises
+    RuntimeError, and says what could. The environment variable GFL_KERNELS_BACKEND does the same
+    from outside.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -66,21 +70,24 @@ class use_backend:
         global _forced
         _forced = self._previous
 
+
 def _tracing_for_export() -> bool:
-    """Exported graphs hold plain PyTorch operations, so that they run where gfl_kernels is not installed."""
+    """Exported graphs hold plain PyTorch operations and run where gfl_kernels is not installed."""
     # Both ONNX exporters are among these: one traces, the other exports.
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _cpu_obstacle(pred: Tensor, *constants: Tensor | None) -> str | None:
-    """Why the CPU kernels cannot serve this call. constants: the arguments they have no derivative for."""
+    """Why the CPU kernels cannot serve this call; constants: what they have no derivative for."""
     if not pred.is_cpu:
         return f"it needs CPU tensors, got {pred.device}"
     if pred.dtype not in DTYPES:
         return f"it has no kernels for {pred.dtype}"
     for tensor in constants:
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            return "it has no derivative for targets, weights or bins (one of them requires grad; detach it)"
+            return (
+                "it has no derivative for targets, weights or bins (one requires grad; detach it)"
+            )
     if torch._C._are_functorch_transforms_active():
         return "it does not run under torch.func transforms"
     return None
@@ -102,7 +109,7 @@ def choose(op: str, pred: Tensor, *constants: Tensor | None) -> str:
 
 
 def kernel(name: str, pred: Tensor):
-    """The fused implementation of op ``name`` for pred. The reference is chosen above the ops, never inside one."""
+    """The fused implementation of op ``name``; the reference is chosen above the ops."""
     if _forced == "reference":
         obstacle = "use_backend('reference') is in force and the reference is not an op"
     elif _state["cpu"] != "ok":

@@ -12,13 +12,15 @@ class _Loss(nn.Module):
     def _reduction(self, override: str | None) -> str:
         if override not in (None, "none", "mean", "sum"):
             raise ValueError(
-                f"{type(self).__name__}: reduction_override must be None, none, mean or sum, got {override!r}"
+                f"{type(self).__name__}: reduction_override must be None, none, mean or sum, "
+                f"got {override!r}"
             )
         return override or self.reduction
 
 
 class QualityFocalLoss(_Loss):
-    """Quality Focal Loss; see :func:`gfl_kernels.quality_focal_loss`. Drop-in for ``mmdet.models.QualityFocalLoss``.
+    """Quality Focal Loss; see :func:`gfl_kernels.quality_focal_loss`. Drop-in for
+    ``mmdet.models.QualityFocalLoss``.
 
     Args:
         use_sigmoid: must be True, as in mmdetection: the loss is defined on sigmoid scores.
@@ -56,7 +58,15 @@ class QualityFocalLoss(_Loss):
         """pred [N, C]; target (label [N], score [N]) or [N, C]; weight [N] or [N, C]."""
         reduction = self._reduction(reduction_override)
         return _quality_focal_loss(
-            pred, target, self.beta, weight, avg_factor, reduction, self.activated, -1, self.loss_weight
+            pred,
+            target,
+            self.beta,
+            weight,
+            avg_factor,
+            reduction,
+            self.activated,
+            -1,
+            self.loss_weight,
         )
 
 
@@ -81,14 +91,16 @@ class DistributionFocalLoss(_Loss):
     ) -> Tensor:
         """pred [N, K]; target [N] in bins; weight [N]."""
         reduction = self._reduction(reduction_override)
-        return _distribution_focal_loss(pred, target, weight, avg_factor, reduction, -1, self.loss_weight)
+        return _distribution_focal_loss(
+            pred, target, weight, avg_factor, reduction, -1, self.loss_weight
+        )
 
 
 class Integral(nn.Module):
     """Distances of the four sides from their distributions; see :func:`gfl_kernels.integral`.
 
-    Drop-in for the ``Integral`` of ``mmdet.models.dense_heads.gfl_head``: the bins are the persistent buffer
-    ``project`` = 0, 1, ..., reg_max.
+    Drop-in for the ``Integral`` of ``mmdet.models.dense_heads.gfl_head``: the bins are the
+    persistent buffer ``project`` = 0, 1, ..., reg_max.
     """
 
     def __init__(self, reg_max: int = 16) -> None:

@@ -15,7 +15,7 @@ _FILE = "libgfl_native.so"
 
 @cache
 def build_report() -> dict:
-    """What the build of this installation left behind (setup.py writes it); empty if nothing did."""
+    """What the build of this installation left behind (setup.py writes it); empty without one."""
     try:
         return json.loads((_PACKAGE / "_build_report.json").read_text())
     except (OSError, ValueError):

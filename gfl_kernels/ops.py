@@ -1,16 +1,20 @@
 """Op schemas (their only definition), fake kernels and autograd.
 
-Every op exists twice under one schema. ``gfl_kernels::name`` is the one that users, compiled graphs and autograd
-see: it asks :mod:`gfl_kernels.dispatch` for the backend. ``gfl_native::name`` is what the compiled library
-implements (STABLE_TORCH_LIBRARY_IMPL in csrc). The autograd Functions below are what runs eagerly: they call the chosen
-backend directly, which saves a trip through the dispatcher, and may look at values. ``gfl_kernels::name`` carries the
-same autograd in traceable form; torch.compile records it instead of the Function.
+Every op exists twice under one schema. ``gfl_kernels::name`` is the one that users, compiled graphs
+and autograd
+see: it asks :mod:`gfl_kernels.dispatch` for the backend. ``gfl_native::name`` is what the compiled
+library implements (STABLE_TORCH_LIBRARY_IMPL in csrc). The autograd Functions below are what runs
+eagerly: they call the chosen backend directly, which saves a trip through the dispatcher, and may
+look at values. ``gfl_kernels::name`` carries the same autograd in traceable form; torch.compile
+records it instead of the Function.
 
-Rows and classes: pred is [..., C] (or [..., K]) with any strides; its leading dimensions are the rows. Losses are
-float32, or float64 for float64; gradients have pred's dtype and ``torch.empty_like(pred)``'s layout.
+Rows and classes: pred is [..., C] (or [..., K]) with any strides; its leading dimensions are the
+rows. Losses are float32, or float64 for float64; gradients have pred's dtype and
+``torch.empty_like(pred)``'s layout.
 
-reduction is NONE (a loss per row, times scale), SUM (a 0-dim tensor: the sum over rows, times scale, divided by
-avg_factor + eps(float32) if there is one) or MEAN (SUM divided by the number of rows).
+reduction is NONE (a loss per row, times scale), SUM (a 0-dim tensor: the sum over rows, times
+scale, divided by avg_factor + eps(float32) if there is one) or MEAN (SUM divided by the number of
+rows).
 """
 
 from __future__ import annotations
@@ -36,7 +40,8 @@ _DISTRIBUTION = (
 
 SCHEMAS = {
     # target is a label per row where score is given (sparse), else a quality per class (dense).
-    # write_grad: also return the gradient for an upstream gradient of 1 (not for NONE); otherwise grad is empty.
+    # write_grad: also return the gradient for an upstream gradient of 1 (not for NONE); otherwise
+    # grad is empty.
     "quality_forward": f"({_QUALITY}, bool write_grad) -> (Tensor loss, Tensor grad)",
     "quality_backward": f"(Tensor grad_loss, {_QUALITY}) -> Tensor",
     # target is a position in bins, or the left bin where weight_left and weight_right are given.
@@ -50,7 +55,7 @@ SCHEMAS = {
 _libraries = [torch.library.Library(ns, "DEF") for ns in ("gfl_kernels", "gfl_native")]
 
 
-# ---- fake kernels ---------------------------------------------------------------------------------------------------
+# Fake kernels
 
 
 def _fake_loss_grad(pred: Tensor, reduction: int, write_grad: bool) -> tuple[Tensor, Tensor]:
@@ -97,11 +102,14 @@ for _name, _signature in SCHEMAS.items():
     _libraries[0].impl(_name, _dispatched(_name, _pred_index), "CompositeExplicitAutograd")
 
 
-# ---- autograd -------------------------------------------------------------------------------------------------------
+# Autograd
 
 
 def _save(ctx, tensors: int, inputs, grad: Tensor) -> None:
-    """Keep the forward op's inputs (tensors of them first, write_grad last) and the gradient it wrote, if it did."""
+    """Keep the forward op's inputs and the gradient, if it wrote one.
+
+    The first ``tensors`` inputs are tensors, the last is write_grad.
+    """
     ctx.save_for_backward(*inputs[:tensors], grad if inputs[-1] else None)
     ctx.constants = inputs[tensors:-1]
 
@@ -110,12 +118,14 @@ def _gradient(ctx, grad_loss: Tensor, name: str, eager: bool) -> Tensor:
     """pred's gradient, out of what _save kept. name: the backward op."""
     *tensors, grad = ctx.saved_tensors
     if torch.is_grad_enabled():
-        # create_graph=True: through the op, whose own derivative is refused by name (_refuse_double_backward).
+        # create_graph=True: through the op, whose own derivative is refused by name
+        # (_refuse_double_backward).
         return getattr(torch.ops.gfl_kernels, name)(grad_loss, *tensors, *ctx.constants)
     if grad is not None:
-        # Forward left the gradient for an upstream gradient of 1. On the CPU the host may look (unless the tensor is a
-        # fake one): 1 is what loss.backward() sends, and then the saved tensor goes out as it is. It is out of
-        # autograd's hands there, so a graph that is kept for another backward gives a copy.
+        # Forward left the gradient for an upstream gradient of 1. On the CPU the host may look
+        # (unless the tensor is a fake one): 1 is what loss.backward() sends, and then the saved
+        # tensor goes out as it is. It is out of autograd's hands there, so a graph that is kept for
+        # another backward gives a copy.
         if eager and type(grad_loss) is Tensor and grad_loss.item() == 1:
             return grad.clone() if torch._C._autograd._get_current_graph_task_keep_graph() else grad
         # Scaling would round a bfloat16 gradient a second time: that one is computed again.
@@ -157,7 +167,7 @@ _NO_GRADIENT = (None,) * 9  # for the inputs after pred
 
 
 class DistributionIntegral(torch.autograd.Function):
-    """Expectation of each row's distribution; arguments are those of ``gfl_kernels::integral_forward``."""
+    """Expectation of each row; arguments are those of ``gfl_kernels::integral_forward``."""
 
     @staticmethod
     def forward(ctx, pred, bins):
@@ -172,16 +182,15 @@ class DistributionIntegral(torch.autograd.Function):
         return dispatch.kernel("integral_backward", pred)(grad_out, pred, bins), None
 
 
-def apply(function: type[torch.autograd.Function], *inputs) -> Tensor:
-    """function.apply without its Python wrapper, which only serves torch.func transforms; dispatch keeps those out.
-
-    That wrapper is a twentieth of a call on 64 x 80 logits.
-    """
-    return super(torch.autograd.Function, function).apply(*inputs)
+# Function.apply without its Python wrapper, which only serves torch.func transforms; dispatch keeps
+# those out. The wrapper is a twentieth of a call on 64 x 80 logits.
+apply_quality_focal = super(torch.autograd.Function, QualityFocal).apply
+apply_distribution_focal = super(torch.autograd.Function, DistributionFocal).apply
+apply_distribution_integral = super(torch.autograd.Function, DistributionIntegral).apply
 
 
 def _register_loss_autograd(family: str, tensors: int) -> None:
-    """The op itself is differentiable too: for compiled graphs and for users of ``torch.ops.gfl_kernels``."""
+    """Autograd of the op itself: for compiled graphs and users of ``torch.ops.gfl_kernels``."""
 
     def setup_context(ctx, inputs, output):
         _save(ctx, tensors, inputs, output[1])
@@ -195,7 +204,8 @@ def _register_loss_autograd(family: str, tensors: int) -> None:
 
 
 def _refuse_double_backward(name: str) -> None:
-    # Blocked here and not by once_differentiable, which lets create_graph=True through and returns a constant.
+    # Blocked here and not by once_differentiable, which lets create_graph=True through and returns
+    # a constant.
     def backward(ctx, *_):
         raise RuntimeError(
             f"{name} is not differentiable: the fused backends have no double backward. "
@@ -209,7 +219,10 @@ _register_loss_autograd("quality", 5)
 _register_loss_autograd("distribution", 6)
 torch.library.register_autograd(
     "gfl_kernels::integral_forward",
-    lambda ctx, grad_out: (torch.ops.gfl_kernels.integral_backward(grad_out, *ctx.saved_tensors), None),
+    lambda ctx, grad_out: (
+        torch.ops.gfl_kernels.integral_backward(grad_out, *ctx.saved_tensors),
+        None,
+    ),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     lib=_libraries[0],
 )

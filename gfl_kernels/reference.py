@@ -1,8 +1,9 @@
 """The mathematics in eager PyTorch: the oracle of the tests and the backend of last resort.
 
-Any floating dtype, any device, no hand-written gradient: autograd differentiates these expressions, twice if
-asked. They are written so that neither the value nor a derivative overflows, cancels or turns into NaN, for every
-beta >= 0 and for logits of +-1e4 and beyond. The names and their order are those of csrc/math.h.
+Any floating dtype, any device, no hand-written gradient: autograd differentiates these expressions,
+twice if asked. They are written so that neither the value nor a derivative overflows, cancels or
+turns into NaN, for every beta >= 0 and for logits of +-1e4 and beyond. The names and their order
+are those of csrc/math.h.
 
 Notation: s = sigmoid(x), d = s - q, softplus(x) = log(1 + exp(x)).
 """
@@ -21,7 +22,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# ---- scalar functions -----------------------------------------------------------------------------------------------
+# Scalar functions
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -30,12 +31,13 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def sigmoid_minus(x: Tensor, q: Tensor) -> Tensor:
-    """d = sigmoid(x) - q. Through 1 - s = sigmoid(-x) for x >= 0, so that d keeps its digits near q = 1."""
+    """d = sigmoid(x) - q, through 1 - s = sigmoid(-x) for x >= 0: d keeps its digits near q = 1."""
     return torch.where(x >= 0, (1 - q) - torch.sigmoid(-x), torch.sigmoid(x) - q)
 
 
 def bce_with_logits(x: Tensor, t: Tensor) -> Tensor:
-    """B = t softplus(-x) + (1 - t) softplus(x): both terms positive, nothing cancels (x = -17 in float32 is right).
+    """B = t softplus(-x) + (1 - t) softplus(x): both terms positive, nothing cancels (x = -17 in
+    float32 is right).
 
     A term of weight 0 is 0 even where its softplus is infinite: x = -inf is a perfect negative.
     """
@@ -46,7 +48,10 @@ def bce_with_logits(x: Tensor, t: Tensor) -> Tensor:
 
 
 def pow_abs(d: Tensor, beta: float) -> Tensor:
-    """|d|^beta with 0^0 = 1 and a derivative of 0 at d = 0 (autograd of abs().pow() gives NaN there for beta < 1)."""
+    """|d|^beta with 0^0 = 1 and a derivative of 0 at d = 0.
+
+    Autograd of ``d.abs().pow(beta)`` gives NaN there for beta < 1.
+    """
     if beta == 0:
         return torch.ones_like(d)
     if beta == 2:
@@ -56,11 +61,12 @@ def pow_abs(d: Tensor, beta: float) -> Tensor:
 
 
 def bce(p: Tensor, q: Tensor) -> Tensor:
-    """Binary cross entropy of probabilities: logs clamped at -100, gradient divided by max(p (1 - p), 1e-12).
+    """Binary cross entropy of probabilities: logs clamped at -100, gradient divided by max(p (1 -
+    p), 1e-12).
 
-    Those are F.binary_cross_entropy's rules, taken from it at the targets 0 and 1 (B is linear in q), so that a
-    quality rounded to 1.0000001 is no error. p is clamped into [0, 1] and a NaN stays where it is; PyTorch raises
-    for both on the CPU and kills the context on CUDA.
+    Those are F.binary_cross_entropy's rules, taken from it at the targets 0 and 1 (B is linear in
+    q), so that a quality rounded to 1.0000001 is no error. p is clamped into [0, 1] and a NaN stays
+    where it is; PyTorch raises for both on the CPU and kills the context on CUDA.
     """
     nan = p.isnan()
     # Not p.clamp(0, 1): its derivative is 0 at both ends.
@@ -71,31 +77,35 @@ def bce(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(nan, p, q * positive + (1 - q) * negative)
 
 
-# ---- quality family -------------------------------------------------------------------------------------------------
+# Quality family
 
 
 def quality_loss(x: Tensor, q: Tensor, beta: float) -> Tensor:
-    """Quality Focal Loss on logits, elementwise: |sigmoid(x) - q|^beta B(x, q). GFL (Li et al. 2020), eq. 4."""
+    """Quality Focal Loss on logits: |sigmoid(x) - q|^beta B(x, q). GFL (Li et al. 2020), eq. 4."""
     return pow_abs(sigmoid_minus(x, q), beta) * bce_with_logits(x, q)
 
 
 def quality_loss_probability(p: Tensor, q: Tensor, beta: float) -> Tensor:
-    """The same on probabilities, |p - q|^beta BCE(p, q), as GFLv2 and mmdetection's activated=True have it."""
+    """The same on probabilities, |p - q|^beta BCE(p, q): GFLv2, mmdetection's activated=True."""
     return pow_abs(p - q, beta) * bce(p, q)
 
 
-# ---- distribution family --------------------------------------------------------------------------------------------
+# Distribution family
 
 
 def split_target(t: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(l, wl, wr): l = floor(t), wl = l + 1 - t, wr = t - l, with t clamped into [0, bins - 1]. NaN weights for NaN."""
+    """(l, wl, wr): l = floor(t), wl = l + 1 - t, wr = t - l, t clamped into [0, bins - 1].
+
+    The weights of a NaN are NaN.
+    """
     t = t.clamp(0, bins - 1)
     left = t.floor()
     return left, left + 1 - t, t - left
 
 
 def distribution_loss(z: Tensor, left: Tensor, wl: Tensor, wr: Tensor) -> Tensor:
-    """Distribution Focal Loss of each row: -wl log p_l - wr log p_r, p = softmax(z), r = l + 1. GFL, eq. 6.
+    """Distribution Focal Loss of each row: -wl log p_l - wr log p_r, p = softmax(z), r = l + 1.
+    GFL, eq. 6.
 
     l and r are clamped into the bins; a side of weight 0 contributes 0 even where p is 0.
     """
@@ -114,7 +124,7 @@ def expectation(z: Tensor, y: Tensor) -> Tensor:
     return (F.softmax(z, dim=-1) * y).sum(-1)
 
 
-# ---- the public operations, same signatures as in functional.py -----------------------------------------------------
+# The public operations, same signatures as in functional.py
 
 
 def quality_focal_loss(
@@ -134,7 +144,8 @@ def quality_focal_loss(
     if isinstance(target, (tuple, list)):
         label, score = target
         classes = torch.arange(x.shape[-1], device=x.device)
-        # A label outside [0, C), also -1, 255 or NaN, equals no class: the row is background, q = 0 everywhere.
+        # A label outside [0, C), also -1, 255 or NaN, equals no class: the row is background, q = 0
+        # everywhere.
         q = torch.where(label.unsqueeze(-1) == classes, score.unsqueeze(-1).to(dtype), 0)
     else:
         q = target.movedim(class_dim, -1).to(dtype)
@@ -184,7 +195,7 @@ def integral(pred: Tensor, *, bins: Tensor | None = None, bin_dim: int = -1) -> 
 
 
 def _reduce(loss: Tensor, reduction: str, avg_factor: float | Tensor | None) -> Tensor:
-    """mmdetection's weight_reduce_loss, except that the mean over no rows is 0 (still on the graph), not NaN."""
+    """mmdetection's weight_reduce_loss, but the mean over no rows is 0, on the graph, not NaN."""
     if reduction == "none":
         return loss
     if avg_factor is None:

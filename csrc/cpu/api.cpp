@@ -1,6 +1,6 @@
-// The C functions of gfl_kernels.h: checks what memory safety needs, merges dimensions, cuts the rows into blocks and
-// runs them on libtorch's threads. ops.cpp goes through here too.
-#include <torch/csrc/stable/ops.h>
+// The C functions of gfl_kernels.h: checks what memory safety needs, merges dimensions, cuts the
+// rows into blocks and runs them on libtorch's threads. ops.cpp goes through here too. include
+// <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
@@ -25,8 +25,10 @@ void set_error(std::string message) { last_error = std::move(message); }
 
 namespace {
 
-constexpr double kEps = 1.1920928955078125e-07;  // eps(float32), which mmdetection adds to avg_factor
-// Elements of a block; a block's sum does not depend on the number of threads, nor does the order of the blocks.
+constexpr double kEps =
+    1.1920928955078125e-07;  // eps(float32), which mmdetection adds to avg_factor
+// Elements of a block; a block's sum does not depend on the number of threads, nor does the order
+// of the blocks.
 constexpr int64_t kBlock = 16 * kTile;
 // Elements that are worth a thread: below twice that the call stays on one.
 constexpr int64_t kGrain = 50000;
@@ -80,7 +82,8 @@ class Problem {
   int64_t columns() const { return columns_; }
 
   // A value per row, or per row and column, or (scalar) one for all.
-  void add(const char* name, const gfl_view* view, Operand* operand, bool per_column, bool scalar = false) {
+  void add(const char* name, const gfl_view* view, Operand* operand, bool per_column,
+           bool scalar = false) {
     *operand = Operand{};
     if (!view) return;
     if (scalar && view->ndim == 0) {
@@ -111,9 +114,11 @@ class Problem {
       const int64_t extent = pred_->sizes[d];
       if (extent == 1) continue;
       bool joins = n > 0;
-      for (const Entry& e : std::span(entries_, count_)) joins = joins && e.operand->row[n - 1] == e.stride(d) * extent;
+      for (const Entry& e : std::span(entries_, count_))
+        joins = joins && e.operand->row[n - 1] == e.stride(d) * extent;
       if (!joins) {
-        if (n == kMaxDims) fail(op_ + ": more than " + std::to_string(kMaxDims) + " separate row dimensions");
+        if (n == kMaxDims)
+          fail(op_ + ": more than " + std::to_string(kMaxDims) + " separate row dimensions");
         size[n++] = 1;
       }
       size[n - 1] *= extent;
@@ -161,7 +166,8 @@ double scale_of(double scale, const gfl_view* avg_factor) {
       return divide(value);
     }
     case GFL_FLOAT16: {
-      const int bits = *static_cast<const uint16_t*>(p), exponent = bits >> 10 & 0x1f, mantissa = bits & 0x3ff;
+      const int bits = *static_cast<const uint16_t*>(p), exponent = bits >> 10 & 0x1f,
+                mantissa = bits & 0x3ff;
       const double size = exponent == 31 ? (mantissa ? NAN : INFINITY)
                           : exponent     ? std::ldexp(1024 + mantissa, exponent - 25)
                                          : std::ldexp(mantissa, -24);
@@ -183,8 +189,8 @@ double scale_of(double scale, const gfl_view* avg_factor) {
   fail("avg_factor has an unknown dtype");
 }
 
-// Memory of this thread for the kernels' tiles, aligned to 64. Kept: a hundred kilobytes taken from and given back to
-// malloc at every call can cost more than a small call itself.
+// Memory of this thread for the kernels' tiles, aligned to 64. Kept: a hundred kilobytes taken from
+// and given back to malloc at every call can cost more than a small call itself.
 void* thread_scratch(int64_t bytes) {
   thread_local std::unique_ptr<char[]> memory;
   thread_local int64_t size = 0;
@@ -197,8 +203,8 @@ void* thread_scratch(int64_t bytes) {
 
 // Runs kernel over all rows, block by block, and adds the blocks' sums in their order.
 template <typename P, typename... Operands>
-double run_blocks(double (*kernel)(const P&, int64_t, int64_t, void*), const P& problem, int64_t columns,
-                  Operands P::*... operands) {
+double run_blocks(double (*kernel)(const P&, int64_t, int64_t, void*), const P& problem,
+                  int64_t columns, Operands P::*... operands) {
   const int inner = problem.ndim - 1;
   const int64_t length = problem.size[inner];
   int64_t outer = 1;
@@ -232,7 +238,8 @@ double run_blocks(double (*kernel)(const P&, int64_t, int64_t, void*), const P& 
     return sum;
   }
   std::vector<double> sums(blocks);
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, std::min(step, length) * columns));
+  const int64_t grain =
+      std::max<int64_t>(1, kGrain / std::max<int64_t>(1, std::min(step, length) * columns));
   torch::stable::parallel_for(0, blocks, grain,
                               [&](int64_t begin, int64_t end) { body(begin, end, sums.data()); });
   double total = 0;
@@ -286,7 +293,8 @@ extern "C" int gfl_quality_cpu(const gfl_quality_args* args) {
     problem.need_dtype("grad", args->grad, args->pred->dtype);
     problem.need_dtype("loss", args->loss, accumulator(args->pred->dtype));
     problem.need_dtype("grad_loss", args->grad_loss, accumulator(args->pred->dtype));
-    if (args->loss && args->grad_loss) fail("gfl_quality_cpu: a loss has no upstream gradient: ask for one of them");
+    if (args->loss && args->grad_loss)
+      fail("gfl_quality_cpu: a loss has no upstream gradient: ask for one of them");
     if (problem.columns() < 1) fail("gfl_quality_cpu: pred must have at least one class");
     problem.merge(&q.ndim, q.size);
     q.classes = problem.columns();
@@ -294,8 +302,8 @@ extern "C" int gfl_quality_cpu(const gfl_quality_args* args) {
     q.beta = args->beta;
     q.scale = scale_of(args->scale, args->avg_factor);
     using Q = QualityProblem;
-    const double sum = run_blocks(table().quality, q, q.classes, &Q::pred, &Q::target, &Q::score, &Q::weight,
-                                  &Q::grad_loss, &Q::loss, &Q::grad);
+    const double sum = run_blocks(table().quality, q, q.classes, &Q::pred, &Q::target, &Q::score,
+                                  &Q::weight, &Q::grad_loss, &Q::loss, &Q::grad);
     if (args->loss && !per_row) write_scalar(args->loss, sum * q.scale);
   });
 }
@@ -329,8 +337,9 @@ extern "C" int gfl_distribution_cpu(const gfl_distribution_args* args) {
     d.bins = problem.columns();
     d.scale = scale_of(args->scale, args->avg_factor);
     using D = DistributionProblem;
-    const double sum = run_blocks(table().distribution, d, d.bins, &D::pred, &D::target, &D::weight_left,
-                                  &D::weight_right, &D::weight, &D::grad_loss, &D::loss, &D::grad);
+    const double sum =
+        run_blocks(table().distribution, d, d.bins, &D::pred, &D::target, &D::weight_left,
+                   &D::weight_right, &D::weight, &D::grad_loss, &D::loss, &D::grad);
     if (args->loss && !per_row) write_scalar(args->loss, sum * d.scale);
   });
 }
@@ -383,15 +392,16 @@ extern "C" const char* gfl_last_error(void) { return gfl::last_error.c_str(); }
 extern "C" const char* gfl_version(void) { return GFL_VERSION; }
 
 extern "C" const char* gfl_build_info(void) {
-  static const std::string info = std::string("{\"version\": \"" GFL_VERSION "\", \"compiler\": \"" GFL_COMPILER
-                                              "\", \"built_against_torch\": \"" GFL_TORCH_VERSION
-                                              "\", \"sanitizers\": \"" GFL_SANITIZERS "\", \"isas\": \"baseline") +
+  static const std::string info =
+      std::string("{\"version\": \"" GFL_VERSION "\", \"compiler\": \"" GFL_COMPILER
+                  "\", \"built_against_torch\": \"" GFL_TORCH_VERSION
+                  "\", \"sanitizers\": \"" GFL_SANITIZERS "\", \"isas\": \"baseline") +
 #if defined(GFL_HAVE_AVX2)
-                                  ",avx2" +
+      ",avx2" +
 #endif
 #if defined(GFL_HAVE_AVX512)
-                                  ",avx512" +
+      ",avx512" +
 #endif
-                                  "\"}";
+      "\"}";
   return info.c_str();
 }

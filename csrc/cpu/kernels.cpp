@@ -1,15 +1,16 @@
-// The CPU kernels, compiled once per instruction set (GFL_ISA names it). Two kernel bodies, one per family:
+// The CPU kernels, compiled once per instruction set (GFL_ISA names it). Two kernel bodies, one per
+// family:
 //
-// quality_tile runs along elements that are contiguous in memory, whatever they are: rows of classes, or one class
-// plane of an NCHW tensor. What is not contiguous, or not of the accumulation type, is staged through L1 first.
+// quality_tile runs along elements that are contiguous in memory, whatever they are: rows of
+// classes, or one class plane of an NCHW tensor. What is not contiguous, or not of the accumulation
+// type, is staged through L1 first.
 //
-// distribution_group runs over the bins of as many rows as a vector has lanes, one row per lane, so that no reduction
-// crosses lanes; rows whose bins are contiguous are transposed on the way in and out.
+// distribution_group runs over the bins of as many rows as a vector has lanes, one row per lane, so
+// that no reduction crosses lanes; rows whose bins are contiguous are transposed on the way in and
+// out.
 //
-// Only internal linkage and no std templates in here: the linker may keep one copy of a shared inline function for all
-// instruction sets.
-#include "kernels.h"
-#include "simd.h"
+// Only internal linkage and no std templates in here: the linker may keep one copy of a shared
+// inline function for all instruction sets. include "kernels.h" include "simd.h"
 
 #include "../math.h"
 
@@ -37,7 +38,7 @@ constexpr gfl_dtype kDtype = sizeof(A) == 8 ? GFL_FLOAT64 : GFL_FLOAT32;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// ---- single values and strided runs of any dtype --------------------------------------------------------------------
+// Single values and strided runs of any dtype
 
 float to_number(bfloat16 v) { return widen(U16{} + v.bits, bfloat16{})[0]; }
 float to_number(float16 v) { return widen(U16{} + v.bits, float16{})[0]; }
@@ -81,8 +82,10 @@ void load_run(const Operand& o, int64_t offset, int64_t stride, int64_t n, To* t
 }
 
 // The classes of n rows; -1 for whatever is no class in [0, classes): -1, 255, NaN, 1.5.
-void load_labels(const Operand& o, int64_t offset, int64_t stride, int64_t n, int64_t classes, int64_t* to) {
-  if (o.dtype == GFL_FLOAT32 || o.dtype == GFL_FLOAT64 || o.dtype == GFL_BFLOAT16 || o.dtype == GFL_FLOAT16) {
+void load_labels(const Operand& o, int64_t offset, int64_t stride, int64_t n, int64_t classes,
+                 int64_t* to) {
+  if (o.dtype == GFL_FLOAT32 || o.dtype == GFL_FLOAT64 || o.dtype == GFL_BFLOAT16 ||
+      o.dtype == GFL_FLOAT16) {
     for (int64_t i = 0; i < n; ++i) {
       double value;
       load_run(o, offset + i * stride, 1, 1, &value);
@@ -111,7 +114,9 @@ class Scratch {
   char* next_;
 };
 
-// ---- quality family -------------------------------------------------------------------------------------------------
+// Quality family
+
+constexpr int kQualityWays = 4;  // vectors that run abreast
 
 struct Background {  // beta = 2, q = 0
   static constexpr bool kTarget = false;
@@ -144,45 +149,43 @@ struct Probability {
   }
 };
 
-// n contiguous elements: x logits, q targets, w weights (both optional by template), factor for every gradient.
-// Writes the weighted loss of every element if losses is there; returns their sum.
+// n contiguous elements: x logits, q targets, w weights (both optional by template), factor for
+// every gradient. Writes the weighted loss of every element if losses is there; returns their sum.
 template <bool kWeight, bool kGrad, typename Formula, typename S, typename A>
-double quality_tile(const Formula& formula, const S* x, const A* q, const A* w, S* grad, A* losses, int64_t n,
-                    A factor) {
+double quality_tile(const Formula& formula, const S* x, const A* q, const A* w, S* grad, A* losses,
+                    int64_t n, A factor) {
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
-  const V zeros{};
-  const auto evaluate = [&](V xv, V qv, V wv) __attribute__((always_inline)) {
-    LossGrad<V> r = Formula::apply(formula, xv, qv);
-    if constexpr (kWeight) {
-      const auto unread = wv == A(0);
-      r.loss = select(unread, zeros, r.loss * wv);
-      r.grad = select(unread, zeros, r.grad * wv);
-    }
-    r.grad = r.grad * factor;
-    return r;
-  };
-  // Vectors at a time: a chain of some 25 dependent operations leaves the units idle unless others fill them.
-  constexpr int ways = 4;
-  V sum[ways] = {};
+  const auto evaluate = [&](const auto& xv, const auto& qv, const auto& wv)
+                            __attribute__((always_inline)) {
+                              auto r = Formula::apply(formula, xv, qv);
+                              if constexpr (kWeight) {
+                                const auto unread = wv == A(0);  // 0 even where the loss is NaN
+                                r.loss = select(unread, wv, r.loss * wv);
+                                r.grad = select(unread, wv, r.grad * wv);
+                              }
+                              r.grad = r.grad * factor;
+                              return r;
+                            };
+  constexpr int ways = kQualityWays;
+  Wide<V, ways> sums{};
   int64_t i = 0;
   for (; i + ways * lanes <= n; i += ways * lanes) {
-    V xv[ways], qv[ways] = {}, wv[ways] = {};
-    LossGrad<V> r[ways];
+    Wide<V, ways> xv, qv{}, wv{};
     for (int u = 0; u < ways; ++u) {
       xv[u] = load(x + i + u * lanes);
       if constexpr (Formula::kTarget) qv[u] = load(q + i + u * lanes);
       if constexpr (kWeight) wv[u] = load(w + i + u * lanes);
     }
-    for (int u = 0; u < ways; ++u) r[u] = evaluate(xv[u], qv[u], wv[u]);
+    const LossGrad<Wide<V, ways>> r = evaluate(xv, qv, wv);
     for (int u = 0; u < ways; ++u) {
-      if constexpr (kGrad) store(grad + i + u * lanes, r[u].grad);
-      sum[u] = sum[u] + r[u].loss;
+      if constexpr (kGrad) store(grad + i + u * lanes, r.grad[u]);
+      if (losses) store(losses + i + u * lanes, r.loss[u]);
     }
-    if (losses) {
-      for (int u = 0; u < ways; ++u) store(losses + i + u * lanes, r[u].loss);
-    }
+    sums = sums + r.loss;
   }
+  V sum{};
+  for (int u = 0; u < ways; ++u) sum = sum + sums[u];
   for (; i < n; i += lanes) {
     const int rest = static_cast<int>(smaller(lanes, n - i));
     V qv{}, wv{};
@@ -193,9 +196,9 @@ double quality_tile(const Formula& formula, const S* x, const A* q, const A* w, 
     r.loss = first_lanes(r.loss, rest);
     if constexpr (kGrad) store_first(grad + i, r.grad, rest);
     if (losses) store_first(losses + i, r.loss, rest);
-    sum[0] = sum[0] + r.loss;
+    sum = sum + r.loss;
   }
-  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  return sum_lanes(sum);
 }
 
 template <typename S>
@@ -222,7 +225,7 @@ class Quality {
     const int64_t classes = p_.classes;
     const bool planes = p_.pred.row[inner_] == 1 && !(p_.pred.column == 1 && classes > 1) &&
                         (!p_.grad.data || p_.grad.row[inner_] == 1);
-    const int64_t step = planes ? kTile / 2 : (classes < kTile ? kTile / classes : 1);
+    const int64_t step = planes ? kTile / 2 : rows_of_tile();
     double total = 0;
     for (int64_t r = begin; r < begin + count; r += step) {
       const int64_t rows = smaller(step, begin + count - r);
@@ -243,7 +246,18 @@ class Quality {
  private:
   int64_t at(const Operand& o, int64_t row) const { return row * o.row[inner_]; }
 
-  // row_weight_: the weight times the upstream gradient of each row. uniform_: they are all the same.
+  // As many rows as a tile holds, if possible a number that leaves no remainder of quality_tile's
+  // vectors.
+  int64_t rows_of_tile() const {
+    constexpr int64_t elements = kQualityWays * kLanes<A>;
+    const int64_t rows = p_.classes < kTile ? kTile / p_.classes : 1;
+    int64_t whole = elements;
+    while (whole > 1 && whole / 2 * p_.classes % elements == 0) whole /= 2;
+    return rows < whole ? rows : rows - rows % whole;
+  }
+
+  // row_weight_: the weight times the upstream gradient of each row. uniform_: they are all the
+  // same.
   void load_row_weights(int64_t r, int64_t rows) {
     const bool weighted = p_.weight.data && !p_.weight_per_class;
     const int64_t n = weighted || p_.grad_loss.data ? rows : 1;
@@ -255,7 +269,8 @@ class Quality {
     if (p_.grad_loss.data) {
       load_run(p_.grad_loss, at(p_.grad_loss, r), p_.grad_loss.row[inner_], n, losses_);
       // A row of weight 0 stays out whatever comes from upstream.
-      for (int64_t i = 0; i < n; ++i) row_weight_[i] = row_weight_[i] == 0 ? 0 : row_weight_[i] * losses_[i];
+      for (int64_t i = 0; i < n; ++i)
+        row_weight_[i] = row_weight_[i] == 0 ? 0 : row_weight_[i] * losses_[i];
     }
     bool differ = false, zero = false;
     for (int64_t i = 0; i < n; ++i) {
@@ -399,15 +414,18 @@ class Quality {
       } else if (p_.target.dtype == kDtype<A> && p_.target.row[inner_] == 1) {
         q = reinterpret_cast<const A*>(p_.target.data) + at(p_.target, r) + c * p_.target.column;
       } else {
-        load_run(p_.target, at(p_.target, r) + c * p_.target.column, p_.target.row[inner_], rows, q_);
+        load_run(p_.target, at(p_.target, r) + c * p_.target.column, p_.target.row[inner_], rows,
+                 q_);
       }
       const A* w = spread ? row_weight_ : nullptr;
       if (p_.weight_per_class) {
-        load_run(p_.weight, at(p_.weight, r) + c * p_.weight.column, p_.weight.row[inner_], rows, w_);
+        load_run(p_.weight, at(p_.weight, r) + c * p_.weight.column, p_.weight.row[inner_], rows,
+                 w_);
         for (int64_t i = 0; i < rows && !uniform_; ++i) w_[i] *= row_weight_[i];
         w = w_;
       }
-      const S* const x = reinterpret_cast<const S*>(p_.pred.data) + at(p_.pred, r) + c * p_.pred.column;
+      const S* const x =
+          reinterpret_cast<const S*>(p_.pred.data) + at(p_.pred, r) + c * p_.pred.column;
       S* const out = reinterpret_cast<S*>(p_.grad.data);
       S* const grad = out ? out + at(p_.grad, r) + c * p_.grad.column : nullptr;
       total += tile(background, x, q, w, grad, p_.loss.data ? losses_ : nullptr, rows, factor);
@@ -418,7 +436,8 @@ class Quality {
         for (int64_t i = 0; i < positives; ++i) q_[positive[i]] = 0;
       }
     }
-    for (int64_t i = 0; i < rows && p_.loss.data; ++i) write_loss(r + i, row_loss_[i] * loss_factor);
+    for (int64_t i = 0; i < rows && p_.loss.data; ++i)
+      write_loss(r + i, row_loss_[i] * loss_factor);
     return total * loss_factor;
   }
 
@@ -429,14 +448,16 @@ class Quality {
     }
   }
 
-  double tile(bool background, const S* x, const A* q, const A* w, S* grad, A* losses, int64_t n, A factor) {
+  double tile(bool background, const S* x, const A* q, const A* w, S* grad, A* losses, int64_t n,
+              A factor) {
     if (background) return tile(Background{}, x, q, w, grad, losses, n, factor);
     if (square_) return tile(Square{}, x, q, w, grad, losses, n, factor);
     if (p_.probabilities) return tile(Probability{p_.beta}, x, q, w, grad, losses, n, factor);
     return tile(General{p_.beta}, x, q, w, grad, losses, n, factor);
   }
   template <typename Formula>
-  double tile(const Formula& f, const S* x, const A* q, const A* w, S* grad, A* losses, int64_t n, A factor) {
+  double tile(const Formula& f, const S* x, const A* q, const A* w, S* grad, A* losses, int64_t n,
+              A factor) {
     if (grad) {
       return w ? quality_tile<true, true>(f, x, q, w, grad, losses, n, factor)
                : quality_tile<false, true>(f, x, q, w, grad, losses, n, factor);
@@ -479,15 +500,14 @@ double quality(const QualityProblem& problem, int64_t begin, int64_t count, void
   }
 }
 
-// ---- distribution family --------------------------------------------------------------------------------------------
+// Distribution family
 
-#define GFL_EACH_GROUP _Pragma("GCC unroll 2") for (int u = 0; u < kGroups; ++u)
+#define GFL_EACH_GROUP _Pragma("GCC unroll 4") for (int u = 0; u < kGroups; ++u)
 
 template <typename S>
 class Distribution {
   using A = Accumulator<S>;
   using V = Vector<A>;
-  using Mask = typename VectorTraits<V>::integer;
   static constexpr int kN = kLanes<A>;
   static constexpr int kWays = 2;
   static constexpr int kAhead = 4096;
@@ -497,7 +517,7 @@ class Distribution {
   Distribution(const DistributionProblem& problem, void* memory)
       : p_(problem), inner_(problem.ndim - 1), bins_(problem.bins) {
     Scratch scratch(memory);
-    z_ = scratch.take<Pair>(bins_);
+    z_ = scratch.take<Vs>(bins_);
   }
 
   double run(int64_t begin, int64_t count) {
@@ -575,13 +595,13 @@ class Distribution {
     }
   }
 
-  // kN rows, one per lane. Two such groups run side by side: the way from the logits to the loss is one long chain of
-  // dependent operations.
-  static constexpr int kGroups = 2;
+  // kN rows, one per lane. kGroups of them run abreast, the way from the logits to the loss being
+  // one long chain of dependent operations.
+  static constexpr int kGroups = 4;
   struct Group {
-    int64_t first;       // the first row's number within the block
-    int lanes;           // that count; the others repeat a row
-    bool together;       // all of them do, and are neighbours: rows is not filled
+    int64_t first;  // the first row's number within the block
+    int lanes;      // that count; the others repeat a row
+    bool together;  // all of them do, and are neighbours: rows is not filled
     int64_t rows[kN];
     int64_t row(int i) const { return together ? first + i : rows[i]; }
   };
@@ -591,7 +611,8 @@ class Distribution {
     Group group;
     const int left = active - begin;
     group.lanes = left < 0 ? 0 : smaller(kN, left);
-    group.together = group.lanes == kN && (!picked || index_[begin + kN - 1] - index_[begin] == kN - 1);
+    group.together =
+        group.lanes == kN && (!picked || index_[begin + kN - 1] - index_[begin] == kN - 1);
     if (group.together) {
       group.first = picked ? index_[begin] : begin;
       return group;
@@ -604,104 +625,76 @@ class Distribution {
     return group;
   }
 
-  struct Pair {
-    V of[kGroups];
-    V& operator[](int u) { return of[u]; }
-    const V& operator[](int u) const { return of[u]; }
-  };
+  using Vs = Wide<V, kGroups>;
+  using Masks = typename VectorTraits<Vs>::integer;
+
   V loss_groups(int64_t r, const Group* groups) {
     load_logits(r, groups);
-    const Pair high = highest();
-    Pair left, sums[kWays] = {}, z_left{}, z_right{};
-    GFL_EACH_GROUP left[u] = gather(left_, groups[u]);
+    const Vs high = highest(), left = gather(left_, groups);
+    Vs sums[kWays] = {}, z_left{}, z_right{};
     // The bin right of left is where the bin before it was left: one comparison serves both.
-    Mask was_left[kGroups] = {};
-    V bin{};
+    Masks was_left{};
+    Vs bin{};
     each_bin([&](int64_t k, int way) __attribute__((always_inline)) {
-      GFL_EACH_GROUP {
-        const V shifted = z_[k][u] - high[u];
-        const Mask is_left = left[u] == bin;
-        z_right[u] = select(was_left[u], shifted, z_right[u]);
-        z_left[u] = select(is_left, shifted, z_left[u]);
-        was_left[u] = is_left;
-        const V e = exponential(shifted);
-        sums[way][u] = sums[way][u] + e;
-        z_[k][u] = e;
-      }
+      const Vs shifted = z_[k] - high;
+      const Masks is_left = left == bin;
+      z_right = select(was_left, shifted, z_right);
+      z_left = select(is_left, shifted, z_left);
+      was_left = is_left;
       bin = bin + A(1);
+      z_[k] = exponential(shifted);
+      sums[way] = sums[way] + z_[k];
     });
-    Pair w, wl, wr;
-    GFL_EACH_GROUP {
-      w[u] = first_lanes(gather(weight_, groups[u]), groups[u].lanes);
-      wl[u] = gather(wl_, groups[u]);
-      wr[u] = gather(wr_, groups[u]);
-    }
-    Pair sum, loss;
-    GFL_EACH_GROUP {
-      sum[u] = sums[0][u] + sums[1][u];
-      loss[u] = distribution_loss(logarithm(sum[u]), wl[u], wr[u], z_left[u], z_right[u]);
-      loss[u] = select(w[u] == A(0), V{}, loss[u] * w[u]);
-    }
-    if (p_.loss.data) {
-      GFL_EACH_GROUP write_values(r, groups[u], loss[u] * static_cast<A>(p_.scale));
-    }
+    const Vs sum = sums[0] + sums[1];
+    Vs w = gather(weight_, groups), wl = gather(wl_, groups), wr = gather(wr_, groups);
+    GFL_EACH_GROUP w[u] = first_lanes(w[u], groups[u].lanes);
+    Vs loss = distribution_loss(logarithm(sum), wl, wr, z_left, z_right);
+    loss = select(w == A(0), w, loss * w);
+    if (p_.loss.data) write_values(r, groups, loss * static_cast<A>(p_.scale));
     if (p_.grad.data) {
-      Pair total;
-      GFL_EACH_GROUP {
-        const V factor = w[u] * static_cast<A>(p_.scale);
-        total[u] = (wl[u] + wr[u]) * reciprocal(sum[u]) * factor;
-        wl[u] = wl[u] * factor;
-        wr[u] = wr[u] * factor;
-      }
-      bin = V{};
-      GFL_EACH_GROUP was_left[u] = Mask{};
+      const Vs factor = w * static_cast<A>(p_.scale), total = (wl + wr) * reciprocal(sum) * factor;
+      wl = wl * factor;
+      wr = wr * factor;
+      bin = Vs{};
+      was_left = Masks{};
       each_bin([&](int64_t k, int) __attribute__((always_inline)) {
-        GFL_EACH_GROUP {
-          const Mask is_left = left[u] == bin;
-          z_[k][u] = distribution_grad(z_[k][u] * total[u], is_left, was_left[u], wl[u], wr[u]);
-          was_left[u] = is_left;
-        }
+        const Masks is_left = left == bin;
+        z_[k] = distribution_grad(z_[k] * total, is_left, was_left, wl, wr);
+        was_left = is_left;
         bin = bin + A(1);
       });
       store_grads(r, groups);
     }
-    return loss[0] + loss[1];
+    V total{};
+    GFL_EACH_GROUP total = total + loss[u];
+    return total;
   }
 
   V integral_groups(int64_t r, const Group* groups) {
     load_logits(r, groups);
-    const Pair high = highest();
+    const Vs high = highest();
     const A* const values = reinterpret_cast<const A*>(p_.values.data);
-    Pair sums[kWays] = {}, moments[kWays] = {};
+    Vs sums[kWays] = {}, moments[kWays] = {};
     each_bin([&](int64_t k, int way) __attribute__((always_inline)) {
-      GFL_EACH_GROUP {
-        const V e = exponential(z_[k][u] - high[u]);
-        sums[way][u] = sums[way][u] + e;
-        moments[way][u] = moments[way][u] + e * values[k];
-        z_[k][u] = e;
-      }
+      z_[k] = exponential(z_[k] - high);
+      sums[way] = sums[way] + z_[k];
+      moments[way] = moments[way] + z_[k] * values[k];
     });
-    Pair inverse, expectation;
-    GFL_EACH_GROUP {
-      inverse[u] = reciprocal(sums[0][u] + sums[1][u]);
-      expectation[u] = (moments[0][u] + moments[1][u]) * inverse[u];
-    }
-    if (p_.loss.data) {
-      GFL_EACH_GROUP write_values(r, groups[u], expectation[u]);
-    }
+    const Vs inverse = reciprocal(sums[0] + sums[1]),
+             expectation = (moments[0] + moments[1]) * inverse;
+    if (p_.loss.data) write_values(r, groups, expectation);
     if (p_.grad.data) {
-      GFL_EACH_GROUP inverse[u] = inverse[u] * gather(weight_, groups[u]);
+      const Vs factor = inverse * gather(weight_, groups);
       each_bin([&](int64_t k, int) __attribute__((always_inline)) {
-        GFL_EACH_GROUP {
-          z_[k][u] = expectation_grad(z_[k][u] * inverse[u], broadcast<V>(values[k]), expectation[u]);
-        }
+        z_[k] = expectation_grad(z_[k] * factor, broadcast<Vs>(values[k]), expectation);
       });
       store_grads(r, groups);
     }
     return V{};
   }
 
-  // f(k, k % kWays): sums and maxima go to kWays accumulators, or each would wait for the one before.
+  // f(k, k % kWays): sums and maxima go to kWays accumulators, or each would wait for the one
+  // before.
   template <typename F>
   __attribute__((always_inline)) void each_bin(const F& f) const {
     int64_t k = 0;
@@ -712,16 +705,16 @@ class Distribution {
     if (k < bins_) f(k, 0);
   }
 
-  Pair highest() const {
-    Pair high[kWays] = {z_[0], z_[0]};
-    each_bin([&](int64_t k, int way) __attribute__((always_inline)) {
-      GFL_EACH_GROUP high[way][u] = maximum(z_[k][u], high[way][u]);
-    });
-    GFL_EACH_GROUP high[0][u] = maximum(high[0][u], high[1][u]);
-    return high[0];
+  Vs highest() const {
+    Vs high[kWays] = {z_[0], z_[0]};
+    each_bin([&](int64_t k, int way)
+                 __attribute__((always_inline)) { high[way] = maximum(z_[k], high[way]); });
+    return maximum(high[0], high[1]);
   }
 
-  const S* logits(int64_t row) const { return reinterpret_cast<const S*>(p_.pred.data) + at(p_.pred, row); }
+  const S* logits(int64_t row) const {
+    return reinterpret_cast<const S*>(p_.pred.data) + at(p_.pred, row);
+  }
   S* grads(int64_t row) const { return reinterpret_cast<S*>(p_.grad.data) + at(p_.grad, row); }
 
   void load_logits(int64_t r, const Group* groups) {
@@ -737,7 +730,9 @@ class Distribution {
           load_rows(u, [&](int i) __attribute__((always_inline)) { return first + i * step; });
         }
       } else {
-        load_rows(u, [&](int i) __attribute__((always_inline)) { return base + groups[u].rows[i] * step; });
+        load_rows(u, [&](int i) __attribute__((always_inline)) {
+          return base + groups[u].rows[i] * step;
+        });
       }
     }
   }
@@ -762,8 +757,9 @@ class Distribution {
           store_rows(u, kN, [&](int i) __attribute__((always_inline)) { return first + i * step; });
         }
       } else if (groups[u].lanes > 0) {
-        store_rows(u, groups[u].lanes,
-                   [&](int i) __attribute__((always_inline)) { return base + groups[u].rows[i] * step; });
+        store_rows(u, groups[u].lanes, [&](int i) __attribute__((always_inline)) {
+          return base + groups[u].rows[i] * step;
+        });
       }
     }
   }
@@ -849,16 +845,25 @@ class Distribution {
     }
   }
 
-  void write_out(int64_t row, A value) { reinterpret_cast<A*>(p_.loss.data)[at(p_.loss, row)] = value; }
-
-  // A value per row of a group, out to memory or in from an array of the block.
-  void write_values(int64_t r, const Group& group, V values) {
-    for (int i = 0; i < group.lanes; ++i) write_out(r + group.row(i), values[i]);
+  void write_out(int64_t row, A value) {
+    reinterpret_cast<A*>(p_.loss.data)[at(p_.loss, row)] = value;
   }
-  static V gather(const A* values, const Group& group) {
-    if (group.together) return load(values + group.first);
-    V v;
-    for (int i = 0; i < kN; ++i) v[i] = values[group.rows[i]];
+
+  // A value per row of the groups, out to memory or in from an array of the block.
+  void write_values(int64_t r, const Group* groups, const Vs& values) {
+    GFL_EACH_GROUP {
+      for (int i = 0; i < groups[u].lanes; ++i) write_out(r + groups[u].row(i), values[u][i]);
+    }
+  }
+  static Vs gather(const A* values, const Group* groups) {
+    Vs v;
+    GFL_EACH_GROUP {
+      if (groups[u].together) {
+        v[u] = load(values + groups[u].first);
+      } else {
+        for (int i = 0; i < kN; ++i) v[u][i] = values[groups[u].rows[i]];
+      }
+    }
     return v;
   }
   static void fill(A* values, int n, A value) {
@@ -868,12 +873,13 @@ class Distribution {
   const DistributionProblem& p_;
   const int inner_;
   const int64_t bins_;
-  Pair* z_;  // [bins] one lane per row: logits, then exponentials, then gradients
+  Vs* z_;  // [bins] one lane per row: logits, then exponentials, then gradients
   A weight_[kRows], left_[kRows], wl_[kRows], wr_[kRows];
   int64_t index_[kRows + 1];
 };
 
-double distribution(const DistributionProblem& problem, int64_t begin, int64_t count, void* scratch) {
+double distribution(const DistributionProblem& problem, int64_t begin, int64_t count,
+                    void* scratch) {
   const FlushDenormals flush(true);
   switch (problem.pred.dtype) {
     case GFL_FLOAT32:
@@ -892,6 +898,7 @@ double distribution(const DistributionProblem& problem, int64_t begin, int64_t c
 #define GFL_TABLE_baseline kBaseline
 #define GFL_TABLE_avx2 kAvx2
 #define GFL_TABLE_avx512 kAvx512
-extern const KernelTable GFL_CONCAT(GFL_TABLE_, GFL_ISA) = {GFL_STRING(GFL_ISA), &quality, &distribution};
+extern const KernelTable GFL_CONCAT(GFL_TABLE_, GFL_ISA) = {GFL_STRING(GFL_ISA), &quality,
+                                                            &distribution};
 
 }  // namespace gfl

@@ -1,5 +1,5 @@
-// What the instruction-set specific kernels (kernels.cpp) and the code that drives them (api.cpp) agree on.
-#pragma once
+// What the instruction-set specific kernels (kernels.cpp) and the code that drives them (api.cpp)
+// agree on. pragma once
 
 #include <cstdint>
 
@@ -9,7 +9,8 @@ namespace gfl {
 
 constexpr int kMaxDims = 8;  // of the rows, after dimensions that step together have been merged
 
-// One tensor of a problem. Strides in elements; row[d] along the d-th row dimension, column along classes or bins.
+// One tensor of a problem. Strides in elements; row[d] along the d-th row dimension, column along
+// classes or bins.
 struct Operand {
   char* data = nullptr;  // null: absent
   gfl_dtype dtype = GFL_FLOAT32;
@@ -17,7 +18,8 @@ struct Operand {
   int64_t column = 0;
 };
 
-// A block of rows is a run along the innermost row dimension; its operands are offset to the run's outer index.
+// A block of rows is a run along the innermost row dimension; its operands are offset to the run's
+// outer index.
 struct QualityProblem {
   int ndim;
   int64_t size[kMaxDims];
@@ -38,21 +40,24 @@ struct DistributionProblem {
   double scale;
 };
 
-// Rows [begin, begin + count) of the innermost dimension, the operands' data already moved to the outer index. Returns
-// the sum of the weighted row losses, not scaled. scratch: scratch_bytes(columns) bytes, aligned to 64, any content.
+// Rows [begin, begin + count) of the innermost dimension, the operands' data already moved to the
+// outer index. Returns the sum of the weighted row losses, not scaled. scratch:
+// scratch_bytes(columns) bytes, aligned to 64, any content.
 struct KernelTable {
   const char* name;
   double (*quality)(const QualityProblem&, int64_t begin, int64_t count, void* scratch);
   double (*distribution)(const DistributionProblem&, int64_t begin, int64_t count, void* scratch);
 };
 
-// Elements a tile holds at most, unless a single row is longer. Small enough for L1 with its targets and weights.
+// Elements a tile holds at most, unless a single row is longer. Small enough for L1 with its
+// targets and weights.
 constexpr int64_t kTile = 1536;
 
 constexpr int64_t tile_elements(int64_t columns) { return columns > kTile ? columns : kTile; }
-// Nine arrays of at most 8 bytes an element, each with a vector's room behind it; or two vectors per bin.
+// Nine arrays of at most 8 bytes an element, each with a vector's room behind it; or four vectors
+// per bin.
 constexpr int64_t scratch_bytes(int64_t columns) {
-  const int64_t tile = 9 * (tile_elements(columns) * 8 + 128), bins = columns * 128 + 256;
+  const int64_t tile = 9 * (tile_elements(columns) * 8 + 128), bins = columns * 256 + 256;
   return tile > bins ? tile : bins;
 }
 

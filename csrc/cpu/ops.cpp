@@ -1,8 +1,7 @@
-// The CPU implementations of the ops whose schemas gfl_kernels/ops.py defines, on the LibTorch stable ABI: allocate the
-// outputs, describe the tensors as views, call the C functions.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+// The CPU implementations of the ops whose schemas gfl_kernels/ops.py defines, on the LibTorch
+// stable ABI: allocate the outputs, describe the tensors as views, call the C functions. include
+// <torch/csrc/stable/library.h> include <torch/csrc/stable/ops.h> include
+// <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <optional>
@@ -45,7 +44,8 @@ gfl_dtype dtype_of(const Tensor& tensor) {
     case ScalarType::Bool:
       return GFL_BOOL;
     default:
-      throw std::invalid_argument("gfl_native: a tensor has a dtype that the CPU kernels do not read");
+      throw std::invalid_argument(
+          "gfl_native: a tensor has a dtype that the CPU kernels do not read");
   }
 }
 
@@ -53,8 +53,8 @@ gfl_dtype dtype_of(const Tensor& tensor) {
 class View {
  public:
   explicit View(const Tensor& tensor)
-      : view_{tensor.data_ptr(), dtype_of(tensor), static_cast<int32_t>(tensor.dim()), tensor.sizes().data(),
-              tensor.strides().data()},
+      : view_{tensor.data_ptr(), dtype_of(tensor), static_cast<int32_t>(tensor.dim()),
+              tensor.sizes().data(), tensor.strides().data()},
         present_(true) {}
   explicit View(const std::optional<Tensor>& tensor) {
     if (tensor) *this = View(*tensor);
@@ -78,8 +78,8 @@ double scale_of(const Tensor& pred, double scale, int64_t reduction) {
 
 Tensor new_tensor(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -94,7 +94,8 @@ Tensor new_loss(const Tensor& pred, bool per_row) {
     strides[d] = step;
     step *= std::max<int64_t>(1, sizes[d]);
   }
-  return new_tensor(dims, sizes.data(), strides, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  return new_tensor(dims, sizes.data(), strides,
+                    wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
 }
 
 // In pred's layout, or empty.
@@ -110,49 +111,82 @@ Tensor new_gradient(const Tensor& pred, bool wanted) {
 }
 
 std::tuple<Tensor, Tensor> quality_forward(Tensor pred, Tensor target, std::optional<Tensor> score,
-                                           std::optional<Tensor> weight, std::optional<Tensor> avg_factor,
-                                           int64_t form, double beta, double scale, int64_t reduction,
+                                           std::optional<Tensor> weight,
+                                           std::optional<Tensor> avg_factor, int64_t form,
+                                           double beta, double scale, int64_t reduction,
                                            bool write_grad) {
   Tensor loss = new_loss(pred, reduction == kNone);
   Tensor grad = new_gradient(pred, write_grad);
   const View x(pred), t(target), q(score), w(weight), a(avg_factor), l(loss), g(grad);
-  const gfl_quality_args args{x.get(),  t.get(), q.get(), w.get(), a.get(), nullptr, l.get(),
-                              write_grad ? g.get() : nullptr, static_cast<gfl_form>(form), beta, scale_of(pred, scale, reduction)};
+  const gfl_quality_args args{x.get(),
+                              t.get(),
+                              q.get(),
+                              w.get(),
+                              a.get(),
+                              nullptr,
+                              l.get(),
+                              write_grad ? g.get() : nullptr,
+                              static_cast<gfl_form>(form),
+                              beta,
+                              scale_of(pred, scale, reduction)};
   check(gfl_quality_cpu(&args));
   return {loss, grad};
 }
 
 Tensor quality_backward(Tensor grad_loss, Tensor pred, Tensor target, std::optional<Tensor> score,
-                        std::optional<Tensor> weight, std::optional<Tensor> avg_factor, int64_t form, double beta,
-                        double scale, int64_t reduction) {
+                        std::optional<Tensor> weight, std::optional<Tensor> avg_factor,
+                        int64_t form, double beta, double scale, int64_t reduction) {
   Tensor grad = new_gradient(pred, true);
   const View u(grad_loss), x(pred), t(target), q(score), w(weight), a(avg_factor), g(grad);
-  const gfl_quality_args args{x.get(), t.get(),  q.get(), w.get(), a.get(), u.get(), nullptr,
-                              g.get(), static_cast<gfl_form>(form), beta, scale_of(pred, scale, reduction)};
+  const gfl_quality_args args{x.get(),
+                              t.get(),
+                              q.get(),
+                              w.get(),
+                              a.get(),
+                              u.get(),
+                              nullptr,
+                              g.get(),
+                              static_cast<gfl_form>(form),
+                              beta,
+                              scale_of(pred, scale, reduction)};
   check(gfl_quality_cpu(&args));
   return grad;
 }
 
-std::tuple<Tensor, Tensor> distribution_forward(Tensor pred, Tensor target, std::optional<Tensor> weight_left,
-                                                std::optional<Tensor> weight_right, std::optional<Tensor> weight,
-                                                std::optional<Tensor> avg_factor, double scale, int64_t reduction,
-                                                bool write_grad) {
+std::tuple<Tensor, Tensor> distribution_forward(Tensor pred, Tensor target,
+                                                std::optional<Tensor> weight_left,
+                                                std::optional<Tensor> weight_right,
+                                                std::optional<Tensor> weight,
+                                                std::optional<Tensor> avg_factor, double scale,
+                                                int64_t reduction, bool write_grad) {
   Tensor loss = new_loss(pred, reduction == kNone);
   Tensor grad = new_gradient(pred, write_grad);
-  const View x(pred), t(target), wl(weight_left), wr(weight_right), w(weight), a(avg_factor), l(loss), g(grad);
-  const gfl_distribution_args args{x.get(), t.get(), wl.get(), wr.get(), w.get(), a.get(), nullptr, l.get(),
-                                   write_grad ? g.get() : nullptr, scale_of(pred, scale, reduction)};
+  const View x(pred), t(target), wl(weight_left), wr(weight_right), w(weight), a(avg_factor),
+      l(loss), g(grad);
+  const gfl_distribution_args args{x.get(),
+                                   t.get(),
+                                   wl.get(),
+                                   wr.get(),
+                                   w.get(),
+                                   a.get(),
+                                   nullptr,
+                                   l.get(),
+                                   write_grad ? g.get() : nullptr,
+                                   scale_of(pred, scale, reduction)};
   check(gfl_distribution_cpu(&args));
   return {loss, grad};
 }
 
-Tensor distribution_backward(Tensor grad_loss, Tensor pred, Tensor target, std::optional<Tensor> weight_left,
-                             std::optional<Tensor> weight_right, std::optional<Tensor> weight,
-                             std::optional<Tensor> avg_factor, double scale, int64_t reduction) {
+Tensor distribution_backward(Tensor grad_loss, Tensor pred, Tensor target,
+                             std::optional<Tensor> weight_left, std::optional<Tensor> weight_right,
+                             std::optional<Tensor> weight, std::optional<Tensor> avg_factor,
+                             double scale, int64_t reduction) {
   Tensor grad = new_gradient(pred, true);
-  const View u(grad_loss), x(pred), t(target), wl(weight_left), wr(weight_right), w(weight), a(avg_factor), g(grad);
-  const gfl_distribution_args args{x.get(), t.get(), wl.get(), wr.get(), w.get(), a.get(), u.get(), nullptr, g.get(),
-                                   scale_of(pred, scale, reduction)};
+  const View u(grad_loss), x(pred), t(target), wl(weight_left), wr(weight_right), w(weight),
+      a(avg_factor), g(grad);
+  const gfl_distribution_args args{
+      x.get(), t.get(), wl.get(), wr.get(), w.get(),
+      a.get(), u.get(), nullptr,  g.get(),  scale_of(pred, scale, reduction)};
   check(gfl_distribution_cpu(&args));
   return grad;
 }

@@ -1,6 +1,6 @@
-// Vectors of one instruction set, on GCC's and Clang's vector extension: the same source is SSE2, AVX2, AVX-512 or
-// NEON, depending on the flags it is compiled with. Included by kernels.cpp alone; everything has internal linkage.
-#pragma once
+// Vectors of one instruction set, on GCC's and Clang's vector extension: the same source is SSE2,
+// AVX2, AVX-512 or NEON, depending on the flags it is compiled with. Included by kernels.cpp alone;
+// everything has internal linkage. pragma once
 
 #include <cstddef>
 #include <cstdint>
@@ -78,16 +78,21 @@ constexpr double smallest<double>() {
   return 2.2250738585072014e-308;
 }
 
-// ---- the primitives math.h is written in ----------------------------------------------------------------------------
+// The primitives math.h is written in
 
 template <typename T>
+struct Broadcast {
+  GFL_INLINE T make(scalar_t<T> value) { return T{} + value; }
+};
+template <typename T>
 GFL_INLINE T broadcast(scalar_t<T> value) {
-  return T{} + value;
+  return Broadcast<T>::make(value);
 }
 GFL_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
 GFL_INLINE F64 select(I64 mask, F64 yes, F64 no) { return mask ? yes : no; }
 
-// The larger of the two; b if either is NaN: x86's own rule, for which GCC makes two instructions of a select.
+// The larger of the two; b if either is NaN: x86's own rule, for which GCC makes two instructions
+// of a select.
 GFL_INLINE F32 maximum(F32 a, F32 b) {
 #if defined(__AVX512F__)
   return (F32)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
@@ -115,8 +120,8 @@ GFL_INLINE F32 split_mantissa(F32 v, F32* n) {
   return select(v == v, m, v);
 }
 GFL_INLINE F64 split_mantissa(F64 v, F64* n) {
-  // Vectors have no cheap 64-bit integer conversion or arithmetic shift below AVX-512: the exponent is counted in
-  // the low bits of 1.5 * 2^52, as exponential() does it the other way round.
+  // Vectors have no cheap 64-bit integer conversion or arithmetic shift below AVX-512: the exponent
+  // is counted in the low bits of 1.5 * 2^52, as exponential() does it the other way round.
   const I64 offset = (I64)v - 0x3fe6a09e667f3bcd + ((int64_t)1023 << 52);
   const I64 biased = (I64)((U64)offset >> 52);
   *n = (F64)(biased | 0x4338000000000000) - (6755399441055744.0 + 1023.0);
@@ -136,7 +141,109 @@ GFL_INLINE T floor_small(T t) {
   return nearest - select(nearest > t, broadcast<T>(S(1)), broadcast<T>(S(0)));
 }
 
-// ---- loads and stores: S in memory, a vector of A in registers ------------------------------------------------------
+// Several vectors as one
+
+// The formulas are chains of some twenty-five dependent operations, and a processor's scheduler
+// holds too few of them to fill its units out of one chain after the other. A Wide runs n chains
+// abreast, operation by operation.
+template <typename V, int n>
+struct Wide {
+  V of[n];
+  V& operator[](int u) { return of[u]; }
+  const V& operator[](int u) const { return of[u]; }
+};
+template <typename V, int n>
+struct VectorTraits<Wide<V, n>> {
+  using scalar = scalar_t<V>;
+  using integer = Wide<typename VectorTraits<V>::integer, n>;
+};
+#define GFL_WIDE(expression) _Pragma("GCC unroll 8") for (int u = 0; u < n; ++u) expression
+
+#define GFL_WIDE_OPERATOR(op)                                             \
+  template <typename V, int n>                                            \
+  GFL_INLINE auto operator op(const Wide<V, n>& a, const Wide<V, n>& b) { \
+    Wide<decltype(a[0] op b[0]), n> r;                                    \
+    GFL_WIDE(r[u] = a[u] op b[u];)                                        \
+    return r;                                                             \
+  }                                                                       \
+  template <typename V, int n>                                            \
+  GFL_INLINE auto operator op(const Wide<V, n>& a, scalar_t<V> b) {       \
+    Wide<decltype(a[0] op b), n> r;                                       \
+    GFL_WIDE(r[u] = a[u] op b;)                                           \
+    return r;                                                             \
+  }                                                                       \
+  template <typename V, int n>                                            \
+  GFL_INLINE auto operator op(scalar_t<V> a, const Wide<V, n>& b) {       \
+    Wide<decltype(a op b[0]), n> r;                                       \
+    GFL_WIDE(r[u] = a op b[u];)                                           \
+    return r;                                                             \
+  }
+GFL_WIDE_OPERATOR(+)
+GFL_WIDE_OPERATOR(-)
+GFL_WIDE_OPERATOR(*)
+GFL_WIDE_OPERATOR(/)
+GFL_WIDE_OPERATOR(<)
+GFL_WIDE_OPERATOR(>)
+GFL_WIDE_OPERATOR(<=)
+GFL_WIDE_OPERATOR(>=)
+GFL_WIDE_OPERATOR(==)
+#undef GFL_WIDE_OPERATOR
+
+template <typename I, int n>
+GFL_INLINE Wide<I, n> operator|(const Wide<I, n>& a, const Wide<I, n>& b) {
+  Wide<I, n> r;
+  GFL_WIDE(r[u] = a[u] | b[u];)
+  return r;
+}
+template <typename V, int n>
+GFL_INLINE Wide<V, n> operator-(const Wide<V, n>& a) {
+  Wide<V, n> r;
+  GFL_WIDE(r[u] = -a[u];)
+  return r;
+}
+template <typename I, typename V, int n>
+GFL_INLINE Wide<V, n> select(const Wide<I, n>& mask, const Wide<V, n>& yes, const Wide<V, n>& no) {
+  Wide<V, n> r;
+  GFL_WIDE(r[u] = select(mask[u], yes[u], no[u]);)
+  return r;
+}
+template <typename V, int n>
+GFL_INLINE Wide<V, n> spread(V v) {
+  Wide<V, n> r;
+  GFL_WIDE(r[u] = v;)
+  return r;
+}
+template <typename V, int n>
+struct Broadcast<Wide<V, n>> {
+  GFL_INLINE Wide<V, n> make(scalar_t<V> value) { return spread<V, n>(Broadcast<V>::make(value)); }
+};
+
+#define GFL_WIDE_FUNCTION(name)                     \
+  template <typename V, int n>                      \
+  GFL_INLINE Wide<V, n> name(const Wide<V, n>& a) { \
+    Wide<V, n> r;                                   \
+    GFL_WIDE(r[u] = name(a[u]);)                    \
+    return r;                                       \
+  }
+GFL_WIDE_FUNCTION(negative_abs)
+GFL_WIDE_FUNCTION(shift_exponent)
+GFL_WIDE_FUNCTION(reciprocal)
+#undef GFL_WIDE_FUNCTION
+
+template <typename V, int n>
+GFL_INLINE Wide<V, n> maximum(const Wide<V, n>& a, const Wide<V, n>& b) {
+  Wide<V, n> r;
+  GFL_WIDE(r[u] = maximum(a[u], b[u]);)
+  return r;
+}
+template <typename V, int n>
+GFL_INLINE Wide<V, n> split_mantissa(const Wide<V, n>& v, Wide<V, n>* exponent) {
+  Wide<V, n> r;
+  GFL_WIDE(r[u] = split_mantissa(v[u], &(*exponent)[u]);)
+  return r;
+}
+
+// Loads and stores: S in memory, a vector of A in registers
 
 // Unaligned vector in memory.
 template <typename V>
@@ -169,12 +276,13 @@ GFL_INLINE F32 widen(U16 half, float16) {
   const U32 h = __builtin_convertvector(half, U32);
   const U32 sign = (h & 0x8000u) << 16;
   const U32 rest = h & 0x7fffu;
-  // Shifted into place a finite half is 2^-112 of its value. Numbers below 2^-14 would be denormal floats on the way,
-  // which DAZ removes: they are counted as integers instead.
+  // Shifted into place a finite half is 2^-112 of its value. Numbers below 2^-14 would be denormal
+  // floats on the way, which DAZ removes: they are counted as integers instead.
   const F32 normal = (F32)((rest << 13) + (112u << 23));
   const F32 tiny = __builtin_convertvector((I32)rest, F32) * 5.9604644775390625e-8f;
   const F32 special = (F32)((rest << 13) | 0x7f800000u);
-  const F32 value = select((I32)(rest < 0x400u), tiny, select((I32)(rest >= 0x7c00u), special, normal));
+  const F32 value =
+      select((I32)(rest < 0x400u), tiny, select((I32)(rest >= 0x7c00u), special, normal));
   return (F32)((U32)value | sign);
 #endif
 }
@@ -188,7 +296,8 @@ GFL_INLINE U16 narrow(F32 value, float16) {
   const U32 sign = (bits & 0x80000000u) >> 16;
   const U32 rest = bits & 0x7fffffffu;
   const U32 normal = ((rest + 0xfffu + ((rest >> 13) & 1u)) >> 13) - (112u << 10);
-  // Below 2^-14 the unit is 2^-24: adding 1.5 * 2^-1 leaves it in the low bits, rounded to nearest even.
+  // Below 2^-14 the unit is 2^-24: adding 1.5 * 2^-1 leaves it in the low bits, rounded to nearest
+  // even.
   const U32 tiny = (U32)((F32)rest + 0.75f) & 0x7ffu;
   U32 half = (U32)select((I32)(rest < 0x38800000u), (F32)tiny, (F32)normal);
   half = (U32)select((I32)(rest >= 0x477ff000u), (F32)(U32{} + 0x7c00u), (F32)half);
@@ -264,7 +373,7 @@ GFL_INLINE double sum_lanes(V v) {
   return total;
 }
 
-// ---- transposition of a square of lanes x lanes ---------------------------------------------------------------------
+// Transposition of a square of lanes x lanes
 
 // Lane l of the result is lane pick(l) of a followed by b.
 template <typename V, typename F>
@@ -275,11 +384,12 @@ GFL_INLINE V shuffle(V a, V b, const F& pick) {
   return __builtin_shuffle(a, b, index);
 }
 
-// Blocks of `size` lanes: the even ones of a and b interleaved, or the odd ones (unpack within 128 bits, for a size of 1
-// or 2 and n = 4); and all even blocks of a before all of b.
+// Blocks of `size` lanes: the even ones of a and b interleaved, or the odd ones (unpack within 128
+// bits, for a size of 1 or 2 and n = 4); and all even blocks of a before all of b.
 template <int size, typename V>
 GFL_INLINE void interleave(V& a, V& b) {
-  constexpr int lanes = sizeof(V) / sizeof(scalar_t<V>), n = 16 / static_cast<int>(sizeof(scalar_t<V>));
+  constexpr int lanes = sizeof(V) / sizeof(scalar_t<V>),
+                n = 16 / static_cast<int>(sizeof(scalar_t<V>));
   const auto pick = [](int l, int half) {
     const int in = l % n, block = in / size, from = half * n / 2 + block / 2 * size + in % size;
     return l - in + from + (block & 1) * lanes;
@@ -301,7 +411,8 @@ GFL_INLINE void join_halves(V& a, V& b) {
 // Of 128-bit blocks: the even ones of a before those of b, and the odd ones.
 template <typename V>
 GFL_INLINE void part_blocks(V& a, V& b) {
-  constexpr int lanes = sizeof(V) / sizeof(scalar_t<V>), n = 16 / static_cast<int>(sizeof(scalar_t<V>)), half = lanes / 2;
+  constexpr int lanes = sizeof(V) / sizeof(scalar_t<V>),
+                n = 16 / static_cast<int>(sizeof(scalar_t<V>)), half = lanes / 2;
   const auto pick = [](int l, int odd) {
     const int in = l % half;
     return (in / n * 2 + odd) * n + in % n + (l < half ? 0 : lanes);
@@ -311,10 +422,12 @@ GFL_INLINE void part_blocks(V& a, V& b) {
   a = even;
 }
 
-// rows[i] lane j <-> rows[j] lane i. First within 128-bit blocks, where a shuffle costs least, then the blocks.
+// rows[i] lane j <-> rows[j] lane i. First within 128-bit blocks, where a shuffle costs least, then
+// the blocks.
 template <typename V>
 GFL_INLINE void transpose(V* rows) {
-  constexpr int lanes = sizeof(V) / sizeof(scalar_t<V>), n = 16 / static_cast<int>(sizeof(scalar_t<V>));
+  constexpr int lanes = sizeof(V) / sizeof(scalar_t<V>),
+                n = 16 / static_cast<int>(sizeof(scalar_t<V>));
 #pragma GCC unroll 16
   for (int g = 0; g < lanes; g += n) {
     if constexpr (n == 4) {
@@ -346,7 +459,8 @@ GFL_INLINE void transpose(V* rows) {
   }
 }
 
-// Flush denormals to zero while in scope. A logit around -33 or -95 makes denormal products, at 100 cycles each.
+// Flush denormals to zero while in scope. A logit around -33 or -95 makes denormal products, at 100
+// cycles each.
 class FlushDenormals {
  public:
 #if defined(__SSE2__)

@@ -15,8 +15,8 @@ struct Isa {
 
 #if defined(GFL_HAVE_AVX2)
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-         __builtin_cpu_supports("bmi2");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
 }
 #endif
 #if defined(GFL_HAVE_AVX512)
@@ -54,7 +54,8 @@ const KernelTable* pick() {
   const char* const wanted = std::getenv("GFL_CPU_ISA");
   const KernelTable* best = nullptr;
   for (const Isa& isa : kIsas) {
-    if (isa.runs && (!wanted || !*wanted || std::string(wanted) == isa.table->name)) best = isa.table;
+    if (isa.runs && (!wanted || !*wanted || std::string(wanted) == isa.table->name))
+      best = isa.table;
   }
   return best;
 }

@@ -1,10 +1,11 @@
-/* gfl_kernels for C and C++: the CPU kernels on strided views, without Python and without a tensor class.
+/* gfl_kernels for C and C++: the CPU kernels on strided views, without Python and without a tensor
+ * class.
  *
- * A view describes memory that the caller owns. Sizes and strides are in elements and follow PyTorch's conventions,
- * stride 0 included, so a torch::Tensor t becomes
- *     gfl_view{t.data_ptr(), GFL_FLOAT32, (int32_t)t.dim(), t.sizes().data(), t.strides().data()}
- * Functions return 0, or a nonzero value with the reason in gfl_last_error() (per thread). Arguments are checked for
- * what memory safety needs: dtypes, sizes, null pointers. They run on libtorch's thread pool.
+ * A view describes memory that the caller owns. Sizes and strides are in elements and follow
+ * PyTorch's conventions, stride 0 included, so a torch::Tensor t becomes gfl_view{t.data_ptr(),
+ * GFL_FLOAT32, (int32_t)t.dim(), t.sizes().data(), t.strides().data()} Functions return 0, or a
+ * nonzero value with the reason in gfl_last_error() (per thread). Arguments are checked for what
+ * memory safety needs: dtypes, sizes, null pointers. They run on libtorch's thread pool.
  */
 #ifndef GFL_KERNELS_H_
 #define GFL_KERNELS_H_
@@ -45,26 +46,28 @@ typedef struct {
 typedef enum { GFL_LOGITS = 0, GFL_PROBABILITIES = 1 } gfl_form;
 
 /* Quality Focal Loss: L = |sigmoid(x) - q|^beta BCE(x, q), summed over the classes of each row.
- * Loss and gradient are multiplied by scale and, with avg_factor, divided by avg_factor + eps(float32).
- * Optional views may be NULL. */
+ * Loss and gradient are multiplied by scale and, with avg_factor, divided by avg_factor +
+ * eps(float32). Optional views may be NULL. */
 typedef struct {
-  const gfl_view* pred;       /* [..., C]  float32, float64, bfloat16 or float16 */
-  const gfl_view* target;     /* [...] labels, outside [0, C) is background; or [..., C] qualities if score is NULL */
-  const gfl_view* score;      /* [...]     optional */
-  const gfl_view* weight;     /* [...] or [..., C]  optional; what has weight 0 contributes exactly 0 */
+  const gfl_view* pred;   /* [..., C]  float32, float64, bfloat16 or float16 */
+  const gfl_view* target; /* [...] labels, outside [0, C) is background; or [..., C] qualities if
+                             score is NULL */
+  const gfl_view* score;  /* [...]     optional */
+  const gfl_view* weight; /* [...] or [..., C]  optional; what has weight 0 contributes exactly 0 */
   const gfl_view* avg_factor; /* one element, optional */
   const gfl_view* grad_loss;  /* upstream gradient, [...] or [] in the loss's dtype, optional (1) */
-  const gfl_view* loss;       /* [...] per row or [] for the sum, optional; float32, float64 for float64 */
-  const gfl_view* grad;       /* [..., C] in pred's dtype, optional */
-  gfl_form form;              /* what pred holds */
+  const gfl_view*
+      loss; /* [...] per row or [] for the sum, optional; float32, float64 for float64 */
+  const gfl_view* grad; /* [..., C] in pred's dtype, optional */
+  gfl_form form;        /* what pred holds */
   double beta;
   double scale;
 } gfl_quality_args;
 
 GFL_API int gfl_quality_cpu(const gfl_quality_args* args);
 
-/* Distribution Focal Loss: L = (wl + wr) lse(z) - wl z_l - wr z_r, with l = floor(t), wl = l + 1 - t, wr = t - l and t
- * clamped into [0, K - 1]; or with explicit l, wl, wr. */
+/* Distribution Focal Loss: L = (wl + wr) lse(z) - wl z_l - wr z_r, with l = floor(t), wl = l + 1 -
+ * t, wr = t - l and t clamped into [0, K - 1]; or with explicit l, wl, wr. */
 typedef struct {
   const gfl_view* pred;         /* [..., K] */
   const gfl_view* target;       /* [...] position in bins, or the left bin with explicit weights */
@@ -97,8 +100,8 @@ GFL_API const char* gfl_last_error(void);
 GFL_API const char* gfl_version(void);
 /* How the library was built, as JSON. */
 GFL_API const char* gfl_build_info(void);
-/* The instruction set in use, "baseline", "avx2" or "avx512": the best the machine has, or what GFL_CPU_ISA names.
- * NULL with gfl_last_error() if GFL_CPU_ISA names one that cannot run. */
+/* The instruction set in use, "baseline", "avx2" or "avx512": the best the machine has, or what
+ * GFL_CPU_ISA names. NULL with gfl_last_error() if GFL_CPU_ISA names one that cannot run. */
 GFL_API const char* gfl_cpu_isa(void);
 /* What GFL_CPU_ISA may name here, comma separated. */
 GFL_API const char* gfl_available_isas(void);
