@@ -391,11 +391,10 @@ def test_trap_18_half_logits(backend, dtype):
     """
     pred, target = logits(2048, 17, dtype=dtype, extremes=False), sparse_target((2048,), 17)
     upstream = torch.tensor(65536.0)
-    value, grad = check_op("quality", pred, target, upstream=upstream, what="scaled")
+    scaled = {"upstream": upstream, "grad_scale": 65536 / 2048, "what": "scaled"}  # mean of 2048
+    value, grad = check_op("quality", pred, target, **scaled)
     assert value.dtype == torch.float32 and grad.dtype == dtype and bool(grad.isfinite().all())
-    value, grad = check_op(
-        "distribution", pred, bin_target((2048,), 17), upstream=upstream, what="scaled"
-    )
+    value, grad = check_op("distribution", pred, bin_target((2048,), 17), **scaled)
     assert value.dtype == torch.float32 and bool(grad.isfinite().all())
     assert integral(pred).dtype == torch.float32
 

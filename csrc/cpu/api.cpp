@@ -1,6 +1,6 @@
 // The C functions of gfl_kernels.h: checks what memory safety needs, merges dimensions, cuts the
-// rows into blocks and runs them on libtorch's threads. ops.cpp goes through here too. include
-// <torch/csrc/stable/ops.h>
+// rows into blocks and runs them on libtorch's threads. ops.cpp goes through here too.
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>

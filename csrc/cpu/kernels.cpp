@@ -10,9 +10,13 @@
 // out.
 //
 // Only internal linkage and no std templates in here: the linker may keep one copy of a shared
-// inline function for all instruction sets. include "kernels.h" include "simd.h"
+// inline function for all instruction sets.
 
+// clang-format off: math.h is written in the primitives that simd.h declares
+#include "kernels.h"
+#include "simd.h"
 #include "../math.h"
+// clang-format on
 
 #define GFL_CONCAT_(a, b) a##b
 #define GFL_CONCAT(a, b) GFL_CONCAT_(a, b)
@@ -646,20 +650,19 @@ class Distribution {
       sums[way] = sums[way] + z_[k];
     });
     const Vs sum = sums[0] + sums[1];
-    Vs w = gather(weight_, groups), wl = gather(wl_, groups), wr = gather(wr_, groups);
+    const Vs wl = gather(wl_, groups), wr = gather(wr_, groups);
+    Vs w = gather(weight_, groups);
     GFL_EACH_GROUP w[u] = first_lanes(w[u], groups[u].lanes);
     Vs loss = distribution_loss(logarithm(sum), wl, wr, z_left, z_right);
     loss = select(w == A(0), w, loss * w);
     if (p_.loss.data) write_values(r, groups, loss * static_cast<A>(p_.scale));
     if (p_.grad.data) {
-      const Vs factor = w * static_cast<A>(p_.scale), total = (wl + wr) * reciprocal(sum) * factor;
-      wl = wl * factor;
-      wr = wr * factor;
+      const Vs factor = w * static_cast<A>(p_.scale), total = (wl + wr) * reciprocal(sum);
       bin = Vs{};
       was_left = Masks{};
       each_bin([&](int64_t k, int) __attribute__((always_inline)) {
         const Masks is_left = left == bin;
-        z_[k] = distribution_grad(z_[k] * total, is_left, was_left, wl, wr);
+        z_[k] = distribution_grad(z_[k] * total, is_left, was_left, wl, wr) * factor;
         was_left = is_left;
         bin = bin + A(1);
       });

@@ -1,5 +1,6 @@
 // What the instruction-set specific kernels (kernels.cpp) and the code that drives them (api.cpp)
-// agree on. pragma once
+// agree on.
+#pragma once
 
 #include <cstdint>
 

@@ -1,7 +1,8 @@
 // The CPU implementations of the ops whose schemas gfl_kernels/ops.py defines, on the LibTorch
-// stable ABI: allocate the outputs, describe the tensors as views, call the C functions. include
-// <torch/csrc/stable/library.h> include <torch/csrc/stable/ops.h> include
-// <torch/csrc/stable/tensor.h>
+// stable ABI: allocate the outputs, describe the tensors as views, call the C functions.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <optional>

@@ -1,6 +1,7 @@
 // Vectors of one instruction set, on GCC's and Clang's vector extension: the same source is SSE2,
 // AVX2, AVX-512 or NEON, depending on the flags it is compiled with. Included by kernels.cpp alone;
-// everything has internal linkage. pragma once
+// everything has internal linkage.
+#pragma once
 
 #include <cstddef>
 #include <cstdint>

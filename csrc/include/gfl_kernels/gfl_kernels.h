@@ -2,10 +2,13 @@
  * class.
  *
  * A view describes memory that the caller owns. Sizes and strides are in elements and follow
- * PyTorch's conventions, stride 0 included, so a torch::Tensor t becomes gfl_view{t.data_ptr(),
- * GFL_FLOAT32, (int32_t)t.dim(), t.sizes().data(), t.strides().data()} Functions return 0, or a
- * nonzero value with the reason in gfl_last_error() (per thread). Arguments are checked for what
- * memory safety needs: dtypes, sizes, null pointers. They run on libtorch's thread pool.
+ * PyTorch's conventions, stride 0 included, so a torch::Tensor t becomes
+ *
+ *   gfl_view{t.data_ptr(), GFL_FLOAT32, (int32_t)t.dim(), t.sizes().data(), t.strides().data()}
+ *
+ * Functions return 0, or a nonzero value with the reason in gfl_last_error() (per thread).
+ * Arguments are checked for what memory safety needs: dtypes, sizes, null pointers. They run on
+ * libtorch's thread pool.
  */
 #ifndef GFL_KERNELS_H_
 #define GFL_KERNELS_H_
