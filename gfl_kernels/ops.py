@@ -182,8 +182,8 @@ class DistributionIntegral(torch.autograd.Function):
         return dispatch.kernel("integral_backward", pred)(grad_out, pred, bins), None
 
 
-# Function.apply without its Python wrapper, which only serves torch.func transforms; dispatch keeps
-# those out. The wrapper is a twentieth of a call on 64 x 80 logits.
+# Function.apply without its Python wrapper, which only serves torch.func transforms (dispatch keeps
+# those out) and costs a microsecond where a whole call on small logits takes thirty.
 apply_quality_focal = super(torch.autograd.Function, QualityFocal).apply
 apply_distribution_focal = super(torch.autograd.Function, DistributionFocal).apply
 apply_distribution_integral = super(torch.autograd.Function, DistributionIntegral).apply

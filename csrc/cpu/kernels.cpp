@@ -5,9 +5,8 @@
 // classes, or one class plane of an NCHW tensor. What is not contiguous, or not of the accumulation
 // type, is staged through L1 first.
 //
-// distribution_group runs over the bins of as many rows as a vector has lanes, one row per lane, so
-// that no reduction crosses lanes; rows whose bins are contiguous are transposed on the way in and
-// out.
+// Distribution runs over the bins of as many rows as a vector has lanes, one row per lane, so that
+// no reduction crosses lanes; rows whose bins are contiguous are transposed on the way in and out.
 //
 // Only internal linkage and no std templates in here: the linker may keep one copy of a shared
 // inline function for all instruction sets.
@@ -50,15 +49,6 @@ template <typename S>
 S to_number(S v) {
   return v;
 }
-template <typename S, typename A>
-S from_number(A v) {
-  if constexpr (sizeof(S) == 2) {
-    return S{narrow(broadcast<F32>(v), S{})[0]};
-  } else {
-    return static_cast<S>(v);
-  }
-}
-
 template <typename To, typename From>
 void convert_run(const From* from, int64_t stride, int64_t n, To* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(to_number(from[i * stride]));
@@ -306,11 +296,6 @@ class Quality {
       }
     }
     return total;
-  }
-
-  template <typename T>
-  static bool direct(const Operand& o, int64_t row_stride, int64_t rows, int64_t classes) {
-    return o.dtype == kDtype<T> && o.column == 1 && (rows == 1 || row_stride == classes);
   }
 
   // Whole rows, class after class.
