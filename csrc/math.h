@@ -299,12 +299,13 @@ GFL_HD T distribution_loss(T log_sum, T wl, T wr, T z_left, T z_right) {
   return (wl + wr) * log_sum - left - right;
 }
 
-// dL/dz_k = (wl + wr) p_k - wl [k = l] - wr [k = r], out of total_p = (wl + wr) p_k.
+// dL/dz_k = (wl + wr) p_k - wl [k = l] - wr [k = r], out of total_p = (wl + wr) p_k; total_p, wl
+// and wr may have a common factor. A bin is not both l and r.
 template <typename T, typename Mask>
 GFL_HD T distribution_grad(T total_p, Mask is_left, Mask is_right, T wl, T wr) {
   using S = scalar_t<T>;
   const T zeros = broadcast<T>(S(0));
-  return total_p - select(is_left, wl, zeros) - select(is_right, wr, zeros);
+  return total_p - select(is_left, wl, select(is_right, wr, zeros));
 }
 
 // dE/dz_k = p_k (y_k - E),  E = sum_k y_k p_k.

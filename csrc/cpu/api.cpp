@@ -107,6 +107,14 @@ class Problem {
     if (view && view->dtype != dtype) fail(op_ + ": " + name + " has the wrong dtype");
   }
 
+  // The gradient is of pred's dtype, a loss and what comes from upstream of the accumulator's.
+  void check_results(const gfl_view* grad, const gfl_view* loss, const gfl_view* grad_loss) const {
+    need_dtype("grad", grad, pred_->dtype);
+    need_dtype("loss", loss, accumulator(pred_->dtype));
+    need_dtype("grad_loss", grad_loss, accumulator(pred_->dtype));
+    if (loss && grad_loss) fail(op_ + ": a loss has no upstream gradient: ask for one of them");
+  }
+
   // Dimensions of size 1 drop out; neighbours that step together in every operand become one.
   void merge(int* ndim, int64_t* size) {
     int n = 0;
@@ -290,11 +298,7 @@ extern "C" int gfl_quality_cpu(const gfl_quality_args* args) {
     problem.add("grad_loss", args->grad_loss, &q.grad_loss, false, true);
     problem.add("loss", per_row ? args->loss : nullptr, &q.loss, false);
     problem.add("grad", args->grad, &q.grad, true);
-    problem.need_dtype("grad", args->grad, args->pred->dtype);
-    problem.need_dtype("loss", args->loss, accumulator(args->pred->dtype));
-    problem.need_dtype("grad_loss", args->grad_loss, accumulator(args->pred->dtype));
-    if (args->loss && args->grad_loss)
-      fail("gfl_quality_cpu: a loss has no upstream gradient: ask for one of them");
+    problem.check_results(args->grad, args->loss, args->grad_loss);
     if (problem.columns() < 1) fail("gfl_quality_cpu: pred must have at least one class");
     problem.merge(&q.ndim, q.size);
     q.classes = problem.columns();
@@ -326,12 +330,7 @@ extern "C" int gfl_distribution_cpu(const gfl_distribution_args* args) {
     problem.add("grad_loss", args->grad_loss, &d.grad_loss, false, true);
     problem.add("loss", per_row ? args->loss : nullptr, &d.loss, false);
     problem.add("grad", args->grad, &d.grad, true);
-    problem.need_dtype("grad", args->grad, args->pred->dtype);
-    problem.need_dtype("loss", args->loss, accumulator(args->pred->dtype));
-    problem.need_dtype("grad_loss", args->grad_loss, accumulator(args->pred->dtype));
-    if (args->loss && args->grad_loss) {
-      fail("gfl_distribution_cpu: a loss has no upstream gradient: ask for one of them");
-    }
+    problem.check_results(args->grad, args->loss, args->grad_loss);
     if (problem.columns() < 1) fail("gfl_distribution_cpu: pred must have at least one bin");
     problem.merge(&d.ndim, d.size);
     d.bins = problem.columns();

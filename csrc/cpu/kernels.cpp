@@ -615,21 +615,19 @@ class Distribution {
   }
 
   using Vs = Wide<V, kGroups>;
-  using Masks = typename VectorTraits<Vs>::integer;
 
   V loss_groups(int64_t r, const Group* groups) {
     load_logits(r, groups);
     const Vs high = highest(), left = gather(left_, groups);
     Vs sums[kWays] = {}, z_left{}, z_right{};
-    // The bin right of left is where the bin before it was left: one comparison serves both.
-    Masks was_left{};
-    Vs bin{};
+    // before, not the last mask: a mask carried around the loop costs AVX-512 more than a
+    // comparison.
+    Vs bin{}, before = broadcast<Vs>(A(-1));
     each_bin([&](int64_t k, int way) __attribute__((always_inline)) {
       const Vs shifted = z_[k] - high;
-      const Masks is_left = left == bin;
-      z_right = select(was_left, shifted, z_right);
-      z_left = select(is_left, shifted, z_left);
-      was_left = is_left;
+      z_left = select(left == bin, shifted, z_left);
+      z_right = select(left == before, shifted, z_right);
+      before = bin;
       bin = bin + A(1);
       z_[k] = exponential(shifted);
       sums[way] = sums[way] + z_[k];
@@ -642,13 +640,15 @@ class Distribution {
     loss = select(w == A(0), w, loss * w);
     if (p_.loss.data) write_values(r, groups, loss * static_cast<A>(p_.scale));
     if (p_.grad.data) {
-      const Vs factor = w * static_cast<A>(p_.scale), total = (wl + wr) * reciprocal(sum);
+      const Vs factor = w * static_cast<A>(p_.scale);
+      const Vs left_part = wl * factor, right_part = wr * factor,
+               total = (wl + wr) * (reciprocal(sum) * factor);
       bin = Vs{};
-      was_left = Masks{};
+      before = broadcast<Vs>(A(-1));
       each_bin([&](int64_t k, int) __attribute__((always_inline)) {
-        const Masks is_left = left == bin;
-        z_[k] = distribution_grad(z_[k] * total, is_left, was_left, wl, wr) * factor;
-        was_left = is_left;
+        z_[k] =
+            distribution_grad(z_[k] * total, left == bin, left == before, left_part, right_part);
+        before = bin;
         bin = bin + A(1);
       });
       store_grads(r, groups);
@@ -714,6 +714,8 @@ class Distribution {
         const S* const first = base + groups[u].first * step;
         if (step == 1) {
           for (int64_t k = 0; k < bins_; ++k) z_[k][u] = load(first + k * p_.pred.column);
+        } else if (packed(p_.pred)) {
+          bins_ == 17 ? load_packed<17>(u, first) : load_packed<33>(u, first);
         } else {
           load_rows(u, [&](int i) __attribute__((always_inline)) { return first + i * step; });
         }
@@ -741,6 +743,8 @@ class Distribution {
         S* const first = base + groups[u].first * step;
         if (step == 1) {
           for (int64_t k = 0; k < bins_; ++k) store(first + k * p_.grad.column, z_[k][u]);
+        } else if (packed(p_.grad)) {
+          bins_ == 17 ? store_packed<17>(u, first) : store_packed<33>(u, first);
         } else {
           store_rows(u, kN, [&](int i) __attribute__((always_inline)) { return first + i * step; });
         }
@@ -749,6 +753,36 @@ class Distribution {
           return base + groups[u].rows[i] * step;
         });
       }
+    }
+  }
+
+  // Rows without gaps have a transposition of their own for the usual numbers of bins, reg_max 16
+  // and 32: with AVX-512, for it keeps K registers and needs shuffles of any two. Without them it
+  // was slower than squares.
+  static constexpr bool kPacked = kVectorBytes == 64;
+  bool packed(const Operand& o) const {
+    return kPacked && (bins_ == 17 || bins_ == 33) && o.row[inner_] == bins_ && o.column == 1;
+  }
+  template <int K>
+  __attribute__((noinline)) void load_packed(int u, const S* rows) {
+    if constexpr (kPacked) {
+      V v[K], columns[K];
+#pragma GCC unroll 64
+      for (int r = 0; r < K; ++r) v[r] = load(rows + r * kN);
+      columns_of_packed<K>(v, columns);
+#pragma GCC unroll 64
+      for (int k = 0; k < K; ++k) z_[k][u] = columns[k];
+    }
+  }
+  template <int K>
+  __attribute__((noinline)) void store_packed(int u, S* rows) const {
+    if constexpr (kPacked) {
+      V v[K], columns[K];
+#pragma GCC unroll 64
+      for (int k = 0; k < K; ++k) columns[k] = z_[k][u];
+      packed_of_columns<K>(columns, v);
+#pragma GCC unroll 64
+      for (int r = 0; r < K; ++r) store(rows + r * kN, v[r]);
     }
   }
 
@@ -833,13 +867,16 @@ class Distribution {
     }
   }
 
-  void write_out(int64_t row, A value) {
-    reinterpret_cast<A*>(p_.loss.data)[at(p_.loss, row)] = value;
-  }
+  A* losses(int64_t row) const { return reinterpret_cast<A*>(p_.loss.data) + at(p_.loss, row); }
+  void write_out(int64_t row, A value) { *losses(row) = value; }
 
   // A value per row of the groups, out to memory or in from an array of the block.
   void write_values(int64_t r, const Group* groups, const Vs& values) {
     GFL_EACH_GROUP {
+      if (groups[u].together && p_.loss.row[inner_] == 1) {
+        store(losses(r + groups[u].first), values[u]);
+        continue;
+      }
       for (int i = 0; i < groups[u].lanes; ++i) write_out(r + groups[u].row(i), values[u][i]);
     }
   }

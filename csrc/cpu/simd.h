@@ -460,6 +460,74 @@ GFL_INLINE void transpose(V* rows) {
   }
 }
 
+// Transposition of packed rows, of K = m N + 1 bins for N lanes
+//
+// N rows without gaps are K whole vectors. Bin k of row i, the element i K + k = m N i + (i + k),
+// is in lane j = (i + k) mod N; and in vector m (j - k) mod K, since N m = -1 mod K. So all lanes
+// hold the bins in the same order, but lane j lags j m vectors behind lane 0. Turning it back by
+// j m is a step per bit of j, and a step costs one blend per vector. Bin k then is vector
+// -m k = k / N mod K, row i in lane (i + k) mod N. That makes whole loads and log2(N) operations
+// per vector. A square takes as many, but shuffles, which fewer units can do, and leaves a column.
+
+// v[r] gets from v[r + step] the lanes whose number has `bit`. In place and in an order in which
+// nearly all vectors may be overwritten.
+template <int K, int bit, int step, typename V>
+GFL_INLINE void turn_lanes(V* v) {
+  typename VectorTraits<V>::integer moves;
+  for (size_t l = 0; l < sizeof(V) / sizeof(scalar_t<V>); ++l) moves[l] = l & bit ? -1 : 0;
+  const V first = v[0];
+#pragma GCC unroll 64
+  for (int i = 0; i < K; ++i) {
+    const int r = i * step % K;
+    v[r] = select(moves, i < K - 1 ? v[(r + step) % K] : first, v[r]);
+  }
+}
+
+// The turn of the upper half of the lanes and the rotation are one shuffle of two vectors.
+template <int K, int i, typename V>
+GFL_INLINE void turn_to_columns(const V* v, V* columns) {
+  if constexpr (i < K) {
+    constexpr int N = sizeof(V) / sizeof(scalar_t<V>), step = K / N * (N / 2);
+    constexpr int r = i * step % K, k = r * N % K;
+    columns[k] = shuffle(v[r], v[(r + step) % K], [](int l) {
+      const int lane = (l + k) % N;
+      return lane + (lane < N / 2 ? 0 : N);
+    });
+    turn_to_columns<K, i + 1>(v, columns);
+  }
+}
+template <int K, int i, typename V>
+GFL_INLINE void turn_from_columns(const V* columns, V* v) {
+  if constexpr (i < K) {
+    constexpr int N = sizeof(V) / sizeof(scalar_t<V>), step = K - K / N * (N / 2);
+    constexpr int r = i * step % K, k = r * N % K, upper = (r + step) * N % K;
+    v[r] = shuffle(columns[k], columns[upper], [](int l) {
+      return l < N / 2 ? (l + K * N - k) % N : (l + K * N - upper) % N + N;
+    });
+    turn_from_columns<K, i + 1>(columns, v);
+  }
+}
+
+// columns[k] lane i = bin k of row i, out of the rows' elements v; and back. v is overwritten.
+template <int K, typename V>
+GFL_INLINE void columns_of_packed(V* v, V* columns) {
+  constexpr int N = sizeof(V) / sizeof(scalar_t<V>), m = K / N;
+  static_assert(K % N == 1 && (N == 8 || N == 16));
+  turn_lanes<K, 1, m>(v);
+  turn_lanes<K, 2, 2 * m>(v);
+  if constexpr (N == 16) turn_lanes<K, 4, 4 * m>(v);
+  turn_to_columns<K, 0>(v, columns);
+}
+template <int K, typename V>
+GFL_INLINE void packed_of_columns(const V* columns, V* v) {
+  constexpr int N = sizeof(V) / sizeof(scalar_t<V>), m = K / N;
+  static_assert(K % N == 1 && (N == 8 || N == 16));
+  turn_from_columns<K, 0>(columns, v);
+  if constexpr (N == 16) turn_lanes<K, 4, K - 4 * m>(v);
+  turn_lanes<K, 2, K - 2 * m>(v);
+  turn_lanes<K, 1, K - m>(v);
+}
+
 // Flush denormals to zero while in scope. A logit around -33 or -95 makes denormal products, at 100
 // cycles each.
 class FlushDenormals {
