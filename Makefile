@@ -27,8 +27,10 @@ venv: $(VENV)/.package ## Create .venv with everything development needs
 demo: $(VENV)/.package ## Train a detector on scanned digits with plain and with fused losses
 	$(PY) -m bench.train_digits $(DEMO_ARGS)
 
+# The second run is the suite on interpreted Triton kernels. 5: PYTEST_ARGS leave none of it.
 test: $(VENV)/.package ## All tests (PYTEST_ARGS, JOBS)
 	$(PY) -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 bench: $(VENV)/.package ## Benchmarks of the ops; tables and charts go to bench/out
 	$(PY) -m bench.run $(BENCH_ARGS)

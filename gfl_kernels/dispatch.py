@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -19,30 +21,72 @@ DEBUG = os.environ.get("GFL_KERNELS_DEBUG", "0") not in ("", "0")
 # Plain globals, not a ContextVar: torch.compile guards them and recompiles on change. A value of
 # the environment that makes no sense is reported by the first call, since importing never fails.
 _forced: str | None = os.environ.get("GFL_KERNELS_BACKEND") or None
-_state: dict[str, str] = {
-    "triton": "not part of this version of gfl_kernels",
-    "cuda": "not part of this version of gfl_kernels",
-    "cpu": native.why_not() or "ok",
-    "reference": "ok",
-}
 
 
 def backends() -> dict[str, str]:
     """Every backend with "ok", or with the reason why it cannot be used and what to do about it."""
-    return dict(_state)
+    return {name: _why_not(name) or "ok" for name in BACKENDS}
+
+
+def _constant_when_compiled(function):
+    """torch.compiler.assume_constant_result, but that imports all of torch._dynamo: torch.compile
+    calls the function while it traces, and need not look into Triton.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_when_compiled
+def _why_not(name: str) -> str | None:
+    """Why a backend cannot be used at all; None if it can."""
+    if name == "triton":
+        reason = _triton_import_error()
+        if reason is None and not (torch.cuda.is_available() or _triton_runs_on("cpu")):
+            reason = (
+                "it needs a CUDA or ROCm device, and there is none; TRITON_INTERPRET=1 runs its "
+                "kernels on the CPU, slowly"
+            )
+        return reason
+    if name == "cuda":
+        return "not part of this version of gfl_kernels"
+    return native.why_not() if name == "cpu" else None
+
+
+@cache
+def _triton_import_error() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed; pip install triton, where it exists for the platform"
+    try:
+        import_module(".triton", __package__)
+    except Exception as error:  # a Triton that does not fit this Python, torch or driver
+        return f"triton cannot be used: {type(error).__name__}: {error}"
+    return None
+
+
+@_constant_when_compiled
+def _triton_runs_on(device_type: str) -> bool:
+    """Whether kernels can be launched on tensors of this device now: Triton takes CPU tensors where
+    it interprets, or where a driver says that it does (a simulated device)."""
+    if device_type == "cuda":
+        return True
+    if device_type != "cpu":
+        return False
+    from triton.runtime import driver
+
+    from .triton.launch import INTERPRETED
+
+    return INTERPRETED or getattr(driver._active, "runs_cpu_tensors", False)
 
 
 def _check_usable(name: str, who: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"{who}: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    if _state[name] != "ok":
+    reason = _why_not(name)
+    if reason is not None:
+        usable = ", ".join(other for other in BACKENDS if _why_not(other) is None)
         raise RuntimeError(
-            f"{who}: backend {name!r} cannot be used: {_state[name]}; usable here: {_usable()}"
+            f"{who}: backend {name!r} cannot be used: {reason}; usable here: {usable}"
         )
-
-
-def _usable() -> str:
-    return ", ".join(name for name, state in _state.items() if state == "ok")
 
 
 class use_backend:
@@ -77,10 +121,13 @@ def _tracing_for_export() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def _cpu_obstacle(pred: Tensor, *constants: Tensor | None) -> str | None:
-    """Why the CPU kernels cannot serve this call; constants: what they have no derivative for."""
-    if not pred.is_cpu:
-        return f"it needs CPU tensors, got {pred.device}"
+def _obstacle(backend: str, pred: Tensor, *constants: Tensor | None) -> str | None:
+    """Why a fused backend cannot serve this call; constants: what it has no derivative for."""
+    if backend == "cpu":
+        if not pred.is_cpu:
+            return f"it needs CPU tensors, got {pred.device}"
+    elif backend == "triton" and not _triton_runs_on(pred.device.type):
+        return f"it needs CUDA tensors (or TRITON_INTERPRET=1), got {pred.device}"
     if pred.dtype not in DTYPES:
         return f"it has no kernels for {pred.dtype}"
     for tensor in constants:
@@ -93,34 +140,42 @@ def _cpu_obstacle(pred: Tensor, *constants: Tensor | None) -> str | None:
     return None
 
 
+def _candidate(pred: Tensor) -> str:
+    """The backend whose turn it is: the forced one, else the one for pred's device."""
+    return _forced or ("cpu" if pred.is_cpu else "triton" if pred.is_cuda else "reference")
+
+
 def choose(op: str, pred: Tensor, *constants: Tensor | None) -> str:
     """The backend for this call: the forced one, else the first that can run it."""
-    forced = _forced
-    if forced is not None:
-        _check_usable(forced, "GFL_KERNELS_BACKEND")
-    if forced == "reference" or _tracing_for_export():
+    if _forced is not None:
+        _check_usable(_forced, "GFL_KERNELS_BACKEND")
+    backend = _candidate(pred)
+    if backend == "reference" or _tracing_for_export():
         return "reference"
-    obstacle = _cpu_obstacle(pred, *constants) if _state["cpu"] == "ok" else _state["cpu"]
+    obstacle = _why_not(backend) or _obstacle(backend, pred, *constants)
     if obstacle is None:
-        return "cpu"
-    if forced is None:
+        return backend
+    if _forced is None:
         return "reference"
-    raise RuntimeError(f"backend {forced!r} cannot run {op}: {obstacle}; usable for it: reference")
+    raise RuntimeError(f"backend {_forced!r} cannot run {op}: {obstacle}; usable for it: reference")
 
 
 def kernel(name: str, pred: Tensor):
     """The fused implementation of op ``name``; the reference is chosen above the ops."""
+    backend = _candidate(pred)
     if _forced == "reference":
         obstacle = "use_backend('reference') is in force and the reference is not an op"
-    elif _state["cpu"] != "ok":
-        obstacle = _state["cpu"]
+    elif backend == "reference":
+        obstacle = f"no backend has kernels for {pred.device}"
     else:
-        obstacle = _cpu_obstacle(pred)
+        obstacle = _why_not(backend) or _obstacle(backend, pred)
     if obstacle is not None:
         raise RuntimeError(f"gfl_kernels::{name} has no kernel to run: {obstacle}")
-    return _native_op(name)
+    return _implementation(backend, name)
 
 
 @cache
-def _native_op(name: str):
+def _implementation(backend: str, name: str):
+    if backend == "triton":
+        return getattr(import_module(".triton", __package__), name)
     return getattr(torch.ops.gfl_native, name).default

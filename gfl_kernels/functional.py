@@ -178,7 +178,8 @@ def _quality_focal_loss(
     if dispatch.DEBUG:
         debug.check_quality(name, pred, target, score, class_dim, activated)
 
-    if dispatch.choose(name, pred, target, score, weight) == "reference":
+    backend = dispatch.choose(name, pred, target, score, weight)
+    if backend == "reference":
         target = target if score is None else (target, score)
         loss = reference.quality_focal_loss(
             pred,
@@ -204,6 +205,7 @@ def _quality_focal_loss(
         reduction,
         avg_factor,
         loss_weight,
+        backend,
     )
 
 
@@ -233,7 +235,8 @@ def _distribution_focal_loss(
     if dispatch.DEBUG:
         debug.check_distribution(name, target, weight_left, pred.shape[bin_dim])
 
-    if dispatch.choose(name, pred, target, weight_left, weight_right, weight) == "reference":
+    backend = dispatch.choose(name, pred, target, weight_left, weight_right, weight)
+    if backend == "reference":
         target = target if weight_left is None else (target, weight_left, weight_right)
         loss = reference.distribution_focal_loss(
             pred, target, weight=weight, avg_factor=avg_factor, reduction=reduction, bin_dim=bin_dim
@@ -248,6 +251,7 @@ def _distribution_focal_loss(
         reduction,
         avg_factor,
         loss_weight,
+        backend,
     )
 
 
@@ -264,7 +268,9 @@ def _rows(pred: Tensor, dim: int) -> torch.Size:
     return shape[:-1] if dim == -1 else shape[:dim] + shape[dim % pred.dim() + 1 :]
 
 
-def _run(apply, op, tensors, constants, reduction: str, avg_factor, loss_weight: float) -> Tensor:
+def _run(
+    apply, op, tensors, constants, reduction: str, avg_factor, loss_weight: float, backend: str
+) -> Tensor:
     """Run a fused loss: apply of its autograd Function, or the op itself where torch.compile
     records one.
 
@@ -287,12 +293,13 @@ def _run(apply, op, tensors, constants, reduction: str, avg_factor, loss_weight:
         else:
             scale, avg_factor = loss_weight / float(avg_factor + EPS), None
     pred = tensors[0]
-    # Forward leaves the gradient where backward can use it as it is. Not for float16: under a
-    # GradScaler the upstream gradient is never 1, and an unscaled float16 gradient has already lost
-    # its small values.
+    # Forward leaves the gradient where backward can use it as it is: on the CPU, where the host may
+    # look for an upstream gradient of 1 (a GPU reads pred again instead, which moves less). Not for
+    # float16: under a GradScaler the upstream gradient is never 1, and an unscaled float16 gradient
+    # has already lost its small values.
     write_grad = (
         code != ops.NONE
-        and pred.is_cpu
+        and backend == "cpu"
         and pred.dtype is not torch.float16
         and pred.requires_grad
         and torch.is_grad_enabled()

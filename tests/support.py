@@ -8,6 +8,7 @@ loops over mpmath.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -18,8 +19,14 @@ import torch
 import gfl_kernels
 from gfl_kernels import reference
 
+# Whether Triton interprets its kernels is settled once per process: `make test` runs the suite a
+# second time, with TRITON_INTERPRET=1 and for this backend alone.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
 # Backend name -> device its tensors live on. A new backend joins the whole suite by one line here.
 BACKENDS = {"reference": "cpu", "cpu": "cpu"}
+if INTERPRETED or torch.cuda.is_available():
+    BACKENDS["triton"] = "cpu" if INTERPRETED else "cuda"
 FUSED = tuple(name for name in BACKENDS if name != "reference")
 
 # The one tolerance table, by the dtype of the value that is compared (a loss of half logits is
@@ -166,6 +173,17 @@ def check_op(op, pred, *args, seed=0, upstream=None, scale=1.0, grad_scale=None,
 
 
 # ---- inputs
+
+
+def combinations(*axes):
+    """Every combination of the axes' values. Interpreted, where a launch takes a tenth of a second,
+    only so many that every value occurs.
+    """
+    if not INTERPRETED:
+        return list(itertools.product(*axes))
+    longest = max(map(len, axes))
+    return [tuple(axis[i % len(axis)] for axis in axes) for i in range(longest)]
+
 
 EXTREME = (
     0.0,

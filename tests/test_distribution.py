@@ -9,6 +9,7 @@ from support import (
     FLOATS,
     HALF,
     INF,
+    INTERPRETED,
     LAYOUTS,
     NAN,
     assert_no_worse,
@@ -113,7 +114,7 @@ def test_integral_gradcheck(backend, bins, positions):
 @pytest.mark.parametrize("bins", BINS)
 def test_no_worse_than_eager(backend, dtype, form, bins):
     # 15, 16, 17: the two sides of a block of rows that share a register
-    for rows in (1, 7, 15, 16, 17, 333, 1000):
+    for rows in (1, 17, 333) if INTERPRETED else (1, 7, 15, 16, 17, 333, 1000):
         pred = logits(rows, bins, dtype=dtype, device=backend.device, seed=rows)
         target = make_target(form, (rows,), bins, device=backend.device, seed=rows)
         weight = row_weight((rows,), device=backend.device)

@@ -1,0 +1,20 @@
+"""The Triton backend: a function per op, with the op's schema. Imported at its first use."""
+
+from __future__ import annotations
+
+from .distribution import (
+    distribution_backward,
+    distribution_forward,
+    integral_backward,
+    integral_forward,
+)
+from .quality import quality_backward, quality_forward
+
+__all__ = [
+    "distribution_backward",
+    "distribution_forward",
+    "integral_backward",
+    "integral_forward",
+    "quality_backward",
+    "quality_forward",
+]

@@ -1,0 +1,227 @@
+"""The mathematics as Triton device functions: the names and the order of csrc/math.h.
+
+Elementwise in float32 or float64, no load or store; anything of a shape that broadcasts. FAST is a
+compile-time flag: the target is CUDA, whose approximate instructions are used where a float32
+result stays within the stated error. The interpreter and AMD take the portable expression.
+
+Errors are relative and count every approximation at the maximum its PTX instruction documents.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Exponential and logarithm
+
+
+@triton.jit
+def exponential(x):
+    """exp(x). Valid: x <= 88, -inf and NaN included. Error (float32): 2^-22 + 6e-8 |x|, because
+    x log2(e) is rounded before 2^x: at most 5e-6, where exp(x) itself is 1e-38.
+
+    0 below the smallest normal number.
+    """
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def reciprocal(x, FAST: tl.constexpr):
+    """1 / x. Valid: normal x below 2^126, NaN. Error (float32, FAST): 1 ulp."""
+    if FAST and x.dtype == tl.float32:
+        # 1 / x compiles to div.full.f32, which spends three more instructions on x beyond 2^126.
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def log1p_unit(e):
+    """log(1 + e). Valid: e in [0, 1], NaN. Error: 3.4e-7 (float32; a term less than csrc/math.h,
+    because here every instruction shows), 3e-16 (float64).
+
+    Not log(1 + e): in float32 that is 0 for every e below 6e-8, a logit of -17. Nor lg2.approx,
+    which is good to 2^-22 absolute only.
+    """
+    if e.dtype == tl.float64:
+        u = 1.0 + e
+        return tl.log(u) + (e - (u - 1.0)) / u  # the correction restores what 1 + e rounds away
+    else:
+        p = e * -0.008539197801925138 + 0.04408959149373808
+        p = p * e - 0.10768165299070905
+        p = p * e + 0.17745236940510242
+        p = p * e - 0.2449546105570622
+        p = p * e + 0.3327547943749218
+        p = p * e - 0.4999740537328888
+        p = p * e + 0.9999998056682943
+        return p * e
+
+
+@triton.jit
+def logarithm(v):
+    """log(v). Valid: normal v > 0, NaN. Error: 1.2e-7 (float32), 2.3e-16 (float64)."""
+    return tl.log(v)
+
+
+@triton.jit
+def log1m(p):
+    """log(1 - p). Valid: p in [0, 1), NaN. Error: 1.5e-7 (float32), 3.6e-16 (float64).
+
+    The correction restores what 1 - p rounds away for small p.
+    """
+    u = 1.0 - p
+    return logarithm(u) - (p - (1.0 - u)) / u
+
+
+@triton.jit
+def pow_abs(log_abs_d, beta):
+    """|d|^beta for |d| in (0, 1.1], given log |d|; the caller takes care of d = 0."""
+    return exponential(log_abs_d * beta)
+
+
+# Quality family. A loss and its derivative in x, per element.
+
+
+@triton.jit
+def logistic(x, FAST: tl.constexpr):
+    """(log1p_e, w, ds, a, e, r), what every formula on logits starts from.
+
+    With a = |x|, e = exp(-a): r = 1 / (1 + e), w = e / (1 + e) = sigmoid(-a), ds = s (1 - s) =
+    w / (1 + e). tau = 1 - q for x >= 0, else q; then |x| tau + log1p(e) = B and tau - w =
+    sign(x) d. Nothing cancels, nothing overflows.
+    """
+    a = tl.abs(x)
+    e = exponential(-a)
+    r = reciprocal(e + 1.0, FAST)
+    w = e * r
+    return log1p_unit(e), w, w * r, a, e, r
+
+
+@triton.jit
+def linear_part(a, tau):
+    """|x| tau: 0 for tau = 0, an infinite logit on the right side."""
+    return tl.where(tau == 0.0, 0.0, a * tau)
+
+
+@triton.jit
+def quality_square_loss_grad(x, q, FAST: tl.constexpr):
+    """Quality Focal Loss with beta = 2: L = d^2 B, dL/dx = d^2 d + 2 d s (1 - s) B."""
+    log1p_e, w, ds, a, _, _ = logistic(x, FAST)
+    positive = x >= 0.0
+    tau = tl.where(positive, 1.0 - q, q)
+    b = linear_part(a, tau) + log1p_e
+    d = tau - w  # sign(x) d
+    square = d * d
+    g = d * ((b * ds) * 2.0 + square)
+    return square * b, tl.where(positive, g, -g)
+
+
+@triton.jit
+def quality_loss_grad(x, q, beta, FAST: tl.constexpr):
+    """Quality Focal Loss: L = |d|^beta B, dL/dx = |d|^beta d + beta |d|^(beta - 1) sign(d)
+    s (1 - s) B, both terms of w = |d|^beta being 0^beta and 0 at d = 0.
+
+    For q = 0 the second is beta s^beta (1 - s) B, finite for every beta >= 0: s (1 - s) / |d| is
+    taken as 1 - s there, which matters where s underflows.
+    """
+    log1p_e, w, ds, a, e, r = logistic(x, FAST)
+    # w again to the last digit, with the remainder of its division (exact where multiplications are
+    # fused): for beta < 1 the slope at small d multiplies the rounding error.
+    total = e + 1.0
+    w = w + ((e - w * total) - w * (e - (total - 1.0))) * r
+    positive = x >= 0.0
+    tau = tl.where(positive, 1.0 - q, q)
+    b = linear_part(a, tau) + log1p_e
+    d = tau - w
+    size = tl.abs(d)
+    zero = size <= 0.0
+    safe = tl.where(zero, 1.0, size)
+    power = tl.where(zero, tl.where(beta == 0.0, 1.0, 0.0), pow_abs(logarithm(safe), beta))
+    slope = ds / safe  # s (1 - s) / |d|
+    slope = tl.where(q == 0.0, tl.where(positive, w, 1.0 - w), slope)  # 1 - s
+    sign = tl.where(zero, 0.0, tl.where(d > 0.0, 1.0, -1.0))
+    g = power * (d + beta * (sign * (slope * b)))
+    return power * b, tl.where(positive, g, -g)
+
+
+@triton.jit
+def quality_probability_loss_grad(p, q, beta, SQUARE: tl.constexpr):
+    """Quality Focal Loss on probabilities: L = |d|^beta B, d = p - q, B = -q log p -
+    (1 - q) log(1 - p) with logs clamped at -100; dL/dp = |d|^beta d / max(p (1 - p), 1e-12) +
+    beta |d|^(beta - 1) sign(d) B: F.binary_cross_entropy's rules.
+
+    SQUARE: beta is 2.
+    """
+    if p.dtype == tl.float64:
+        smallest = 2.2250738585072014e-308
+    else:
+        smallest = 1.1754943508222875e-38
+    beyond = (p < 0.0) | (p > 1.0)
+    d = p - q
+    p = tl.where(p < 0.0, 0.0, tl.where(p > 1.0, 1.0, p))
+    at_zero = p == 0.0
+    at_one = p == 1.0
+    # A denormal p, sigmoid(-95) in float32, has a logarithm too.
+    tiny = p < smallest
+    normal = tl.where(at_zero, 1.0, tl.where(tiny, p * 18446744073709551616.0, p))  # 2^64
+    log_p = logarithm(normal) - tl.where(tiny, 44.3614195558364998, 0.0)  # 64 ln 2
+    log_p = tl.where(at_zero, -100.0, tl.where(log_p < -100.0, -100.0, log_p))
+    log_1mp = tl.where(at_one, -100.0, log1m(tl.where(at_one, 0.0, p)))
+    log_1mp = tl.where(log_1mp < -100.0, -100.0, log_1mp)
+    b = -(q * log_p) - (1.0 - q) * log_1mp
+    size = tl.abs(d)
+    zero = size < smallest
+    safe = tl.where(zero, 1.0, size)
+    if SQUARE:  # |d|^beta and beta |d|^(beta - 1) sign(d)
+        power = d * d
+        slope = d + d
+    else:
+        power = tl.where(zero, tl.where(beta == 0.0, 1.0, 0.0), pow_abs(logarithm(safe), beta))
+        slope = beta * (power / safe)
+        slope = tl.where(zero, 0.0, tl.where(d > 0.0, slope, -slope))
+    # The float that PyTorch has in every dtype. NaN stays NaN.
+    spread = p * (1.0 - p)
+    spread = tl.where(spread < 9.999999960041972e-13, 9.999999960041972e-13, spread)
+    # A clamped p stands still: only |d|^beta still depends on it.
+    bce_slope = tl.where(beyond, 0.0, (p - q) / spread)
+    return power * b, power * bce_slope + slope * b
+
+
+# Distribution family
+
+
+@triton.jit
+def split_target(t, last_bin):
+    """(l, wl, wr): l = floor(t), wl = l + 1 - t, wr = t - l, with t clamped into [0, bins - 1].
+    NaN weights for NaN.
+    """
+    t = tl.where(t < 0.0, 0.0, tl.where(t > last_bin, last_bin, t))
+    left = tl.floor(t)
+    return left, (left + 1.0) - t, t - left
+
+
+@triton.jit
+def distribution_loss(log_sum, wl, wr, z_left, z_right):
+    """Distribution Focal Loss of a row out of its pieces, z shifted by its maximum: L = (wl + wr)
+    log(sum_k exp(z_k)) - wl z_l - wr z_r. A side of weight 0 contributes 0 even if its z is -inf.
+    """
+    left = tl.where(wl == 0.0, 0.0, wl * z_left)
+    right = tl.where(wr == 0.0, 0.0, wr * z_right)
+    return (wl + wr) * log_sum - left - right
+
+
+@triton.jit
+def distribution_grad(total_p, is_left, is_right, wl, wr):
+    """dL/dz_k = (wl + wr) p_k - wl [k = l] - wr [k = r], out of total_p = (wl + wr) p_k."""
+    return total_p - tl.where(is_left, wl, tl.where(is_right, wr, 0.0))
+
+
+@triton.jit
+def expectation_grad(p, y, expectation):
+    """dE/dz_k = p_k (y_k - E), E = sum_k y_k p_k."""
+    return p * (y - expectation)

@@ -1,0 +1,348 @@
+"""Quality family: one kernel for every form of target and for loss, gradient, or both."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import (
+    ABSENT,
+    INTERPRETED_TILES,
+    MAX_PROGRAMS,
+    MEAN,
+    NONE,
+    PER_ELEMENT,
+    PER_ROW,
+    PROBABILITIES,
+    SCALAR,
+    acc_type,
+    beside_columns,
+    columns_ahead,
+    element_mask,
+    fast,
+    finish_sum,
+    fp64,
+    i32,
+    i64,
+    lay_out,
+    layout,
+    load_elements,
+    matrix_offsets,
+    on_device,
+    outputs,
+    packed,
+    row_values,
+    scale_factor,
+    stride_names,
+    sum_workspace,
+    tile_rows,
+)
+from .math import quality_loss_grad, quality_probability_loss_grad, quality_square_loss_grad
+
+_MATRICES = ("pred", "grad", "target", "weight")
+_VECTORS = ("score", "upstream")
+
+
+@triton.jit
+def class_index(label, C: tl.constexpr):
+    """A label as int32, -1 for whatever is no class in [0, C): -1, 255, NaN, 1.5."""
+    if label.dtype.is_floating():
+        label = label.to(tl.float32)  # a class that float16 can hold is exact
+    else:
+        label = label.to(tl.int64)
+    known = (label >= 0) & (label < C)
+    index = tl.where(known, label, 0).to(tl.int32)
+    return tl.where(known & (index.to(label.dtype) == label), index, -1)
+
+
+@triton.jit(do_not_specialize=stride_names(_MATRICES, _VECTORS))
+def quality_kernel(
+    pred,  # [rows, C] logits or probabilities
+    target,  # [rows] labels (sparse) or [rows, C] qualities (dense)
+    score,  # [rows] with a sparse target
+    weight,  # [rows] or [rows, C] or None
+    upstream,  # [] or [rows] or None
+    avg_factor,  # [] or None
+    loss,  # [] or [rows] or None
+    partials,
+    counter,
+    grad,  # [rows, C] or None
+    scale: "fp64",
+    beta: "fp64",
+    rows: "i64",  # of the innermost row dimension, in units of ROW_UNIT
+    tiles: "i32",
+    tiles_per_run: "i32",
+    middle_size: "i32",
+    pred_outer: "i64",
+    pred_middle: "i64",
+    pred_row: "i64",
+    pred_column: "i64",
+    grad_outer: "i64",
+    grad_middle: "i64",
+    grad_row: "i64",
+    grad_column: "i64",
+    target_outer: "i64",
+    target_middle: "i64",
+    target_row: "i64",
+    target_column: "i64",
+    score_outer: "i64",
+    score_middle: "i64",
+    score_row: "i64",
+    weight_outer: "i64",
+    weight_middle: "i64",
+    weight_row: "i64",
+    weight_column: "i64",
+    upstream_outer: "i64",
+    upstream_middle: "i64",
+    upstream_row: "i64",
+    C: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    STEP: tl.constexpr,  # classes
+    UNROLL: tl.constexpr,
+    RUNS: tl.constexpr,
+    PROBABILITIES: tl.constexpr,
+    SQUARE: tl.constexpr,  # beta is 2
+    WEIGHT: tl.constexpr,  # ABSENT, SCALAR, PER_ROW or PER_ELEMENT, as the next two
+    LOSS: tl.constexpr,
+    UPSTREAM: tl.constexpr,
+    ROW_UNIT: tl.constexpr,
+    PRED_CONTIGUOUS: tl.constexpr,
+    PRED_UNIT: tl.constexpr,
+    GRAD_CONTIGUOUS: tl.constexpr,
+    GRAD_UNIT: tl.constexpr,
+    TARGET_CONTIGUOUS: tl.constexpr,
+    TARGET_UNIT: tl.constexpr,
+    WEIGHT_CONTIGUOUS: tl.constexpr,
+    WEIGHT_UNIT: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """A tile is TILE_ROWS neighbouring rows of one run, walked STEP classes at a time: whatever a
+    row has (label, score, weight) is read once for all its classes, and sums over classes stay in
+    the program. The same for rows of classes and for planes of rows (NCHW): Triton lays the threads
+    out along the dimension of stride 1.
+    """
+    rows = rows * ROW_UNIT
+    beta = tl.full((), beta, ACC)
+    factor = scale_factor(scale, avg_factor, ACC)
+    row_factor = factor
+    if UPSTREAM == 1:
+        row_factor = factor * tl.load(upstream).to(ACC)
+    partial = tl.zeros((), tl.float64)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        # Unless rows lie next to each other, those past the end repeat the last one, and no load
+        # needs a mask.
+        CLAMPED: tl.constexpr = PRED_CONTIGUOUS != 2 and WEIGHT != 2
+        outer, middle, row, inside = tile_rows(
+            tile, rows, tiles_per_run, middle_size, TILE_ROWS, 1, RUNS, CLAMPED
+        )
+        read = inside
+        w = tl.where(inside, 1.0, 0.0).to(ACC)
+        if WEIGHT == 2:
+            start = outer * weight_outer + middle * weight_middle
+            w = row_values(weight, start + row * weight_row, inside).to(ACC)
+            read = w != 0.0
+        g_factor = w * row_factor
+        if UPSTREAM == 2:
+            start = outer * upstream_outer + middle * upstream_middle
+            up = row_values(upstream, start + row * upstream_row, inside).to(ACC)
+            # A row of weight 0 stays out whatever comes from upstream.
+            g_factor = tl.where(read, g_factor * up, 0.0)
+        if score is not None:
+            start = outer * target_outer + middle * target_middle
+            label = class_index(row_values(target, start + row * target_row, inside), C)[:, None]
+            start = outer * score_outer + middle * score_middle
+            quality = row_values(score, start + row * score_row, inside).to(ACC)[:, None]
+
+        outer_ = beside_columns(outer, RUNS)
+        middle_ = beside_columns(middle, RUNS)
+        at = row[:, None]
+        first_columns = tl.arange(0, STEP)[None, :]
+        pred_at = pred + matrix_offsets(
+            outer_ * pred_outer + middle_ * pred_middle,
+            at,
+            first_columns,
+            pred_row,
+            pred_column,
+            PRED_CONTIGUOUS,
+            PRED_UNIT,
+        )
+        if score is None:
+            target_at = target + matrix_offsets(
+                outer_ * target_outer + middle_ * target_middle,
+                at,
+                first_columns,
+                target_row,
+                target_column,
+                TARGET_CONTIGUOUS,
+                TARGET_UNIT,
+            )
+        if WEIGHT == 3:
+            weight_at = weight + matrix_offsets(
+                outer_ * weight_outer + middle_ * weight_middle,
+                at,
+                first_columns,
+                weight_row,
+                weight_column,
+                WEIGHT_CONTIGUOUS,
+                WEIGHT_UNIT,
+            )
+        if grad is not None:
+            grad_at = grad + matrix_offsets(
+                outer_ * grad_outer + middle_ * grad_middle,
+                at,
+                first_columns,
+                grad_row,
+                grad_column,
+                GRAD_CONTIGUOUS,
+                GRAD_UNIT,
+            )
+        total = tl.zeros((TILE_ROWS, STEP), ACC)
+        for first_class in tl.range(0, C, STEP, loop_unroll_factor=UNROLL):
+            c = first_class + first_columns
+            mask = element_mask(read, c, C, STEP, CLAMPED)
+            x = load_elements(pred_at, mask, ACC)
+            if score is not None:
+                q = tl.where(label == c, quality, 0.0)
+            else:
+                q = load_elements(target_at, mask, ACC)
+                target_at += columns_ahead(STEP, target_column, TARGET_CONTIGUOUS, TARGET_UNIT)
+            if PROBABILITIES:
+                element, g = quality_probability_loss_grad(x, q, beta, SQUARE)
+            elif SQUARE:
+                element, g = quality_square_loss_grad(x, q, FAST)
+            else:
+                element, g = quality_loss_grad(x, q, beta, FAST)
+            if WEIGHT == 3:
+                we = load_elements(weight_at, mask, ACC)
+                weight_at += columns_ahead(STEP, weight_column, WEIGHT_CONTIGUOUS, WEIGHT_UNIT)
+                element = tl.where(we == 0.0, 0.0, element * we)  # 0 even where the loss is NaN
+                g = tl.where(we == 0.0, 0.0, g * we)
+            if LOSS != 0:
+                if C % STEP != 0:
+                    element = tl.where(c < C, element, 0.0)
+                total += element
+            if grad is not None:
+                g = g * g_factor[:, None]
+                writes = element_mask(inside, c, C, STEP, False)
+                tl.store(grad_at, g.to(grad.dtype.element_ty), mask=writes)
+                grad_at += columns_ahead(STEP, grad_column, GRAD_CONTIGUOUS, GRAD_UNIT)
+            pred_at += columns_ahead(STEP, pred_column, PRED_CONTIGUOUS, PRED_UNIT)
+        if LOSS == 1:
+            if WEIGHT == 2:
+                total = total * w[:, None]
+            partial += tl.sum(tl.where(inside[:, None], total, 0.0)).to(tl.float64)
+        if LOSS == 2:
+            row_loss = tl.sum(total, axis=1) * (w * factor)
+            tl.store(loss + ((outer * middle_size + middle) * rows + row), row_loss, mask=inside)
+    if LOSS == 1:
+        finish_sum(partial, factor, loss, partials, counter)
+
+
+def config(classes: int) -> tuple[int, int, int]:
+    """(rows of a tile, classes of a step, warps): 1024 logits a step, two 16-byte vectors of
+    float32 for each of 128 threads.
+
+    The step is the largest power of two up to 32 whose padding costs at most 3 % more than the
+    least: 16 for 80 classes, where no lane idles.
+    """
+    steps = [s for s in (1, 2, 4, 8, 16, 32) if s >= min(8, classes)]
+    padded = [-(-classes // s) * s for s in steps]
+    step = max(s for s, p in zip(steps, padded, strict=True) if p <= 1.03 * min(padded))
+    return INTERPRETED_TILES * 1024 // step, step, 4
+
+
+def _launch(
+    pred: Tensor,
+    target: Tensor,
+    score: Tensor | None,
+    weight: Tensor | None,
+    avg_factor: Tensor | None,
+    form: int,
+    beta: float,
+    scale: float,
+    reduction: int,
+    *,
+    upstream: Tensor | None = None,
+    loss: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> None:
+    """One launch of quality_kernel over all rows."""
+    classes = pred.shape[-1]
+    if target.dtype is torch.bool:
+        target = target.view(torch.uint8)
+    per_row = reduction == NONE
+    count, step, warps = config(classes)
+    rows = lay_out(
+        count,
+        (
+            ("pred", layout(pred)),
+            ("grad", layout(grad)),
+            ("target", layout(target)),
+            ("weight", layout(weight)),
+        ),
+        (("score", layout(score)), ("upstream", layout(upstream) if per_row else None)),
+    )
+    if rows is None:
+        copies = packed(pred, target, score, weight)
+        result = (
+            None if grad is None else torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+        )
+        upstream = upstream.contiguous() if per_row and upstream is not None else upstream
+        rest = (avg_factor, form, beta, scale, reduction)
+        _launch(*copies, *rest, upstream=upstream, loss=loss, grad=result)
+        if grad is not None:
+            grad.copy_(result)
+        return
+    if reduction == MEAN:
+        scale /= max(pred.numel() // classes, 1)
+    sums = loss is not None and not per_row
+    partials, counter = sum_workspace(pred.device) if sums else (None, None)
+    with on_device(pred):
+        quality_kernel[(min(rows["tiles"], MAX_PROGRAMS),)](
+            pred,
+            target,
+            score,
+            weight,
+            upstream,
+            avg_factor,
+            loss,
+            partials,
+            counter,
+            grad,
+            scale,
+            beta,
+            C=classes,
+            TILE_ROWS=count,
+            STEP=step,
+            UNROLL=min(-(-classes // step), 8),
+            maxnreg=64,
+            PROBABILITIES=form == PROBABILITIES,
+            SQUARE=beta == 2,
+            WEIGHT=(
+                ABSENT if weight is None else PER_ELEMENT if weight.dim() == pred.dim() else PER_ROW
+            ),
+            LOSS=ABSENT if loss is None else PER_ROW if per_row else SCALAR,
+            UPSTREAM=ABSENT if upstream is None else PER_ROW if per_row else SCALAR,
+            ACC=acc_type(pred.dtype),
+            FAST=fast(),
+            num_warps=warps,
+            **rows,
+        )
+
+
+def quality_forward(pred: Tensor, *args) -> tuple[Tensor, Tensor]:
+    """gfl_kernels::quality_forward: (loss, gradient for an upstream gradient of 1 or empty)."""
+    *inputs, reduction, write_grad = args
+    loss, grad = outputs(pred, reduction, write_grad)
+    if pred.numel():
+        _launch(pred, *inputs, reduction, loss=loss, grad=grad if write_grad else None)
+    return loss, grad
+
+
+def quality_backward(upstream: Tensor, pred: Tensor, *args) -> Tensor:
+    """gfl_kernels::quality_backward: pred's gradient."""
+    grad = torch.empty_like(pred)
+    if pred.numel():
+        _launch(pred, *args, upstream=upstream, grad=grad)
+    return grad
