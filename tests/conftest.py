@@ -85,6 +85,15 @@ if INTERPRETED:
 
     interpreter.InterpretedFunction.__call__ = _call_device_function
 
+    # In Triton 3.6 a tensor is no index: NumPy 2.4 takes no array of one element as a number.
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor, scope):
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+
     # It also cuts float32 off to bfloat16, which every compiler rounds to nearest even.
     import numpy as np
 

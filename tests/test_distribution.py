@@ -145,13 +145,14 @@ def test_bins_beyond_the_tuned_range(backend, bins):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("bins", [17, 16, 8, 33])
 def test_no_worse_than_eager_on_large_inputs(backend, dtype, bins):
-    """Above the size where rows are shared between threads."""
-    pred = logits(8400 * 4, bins, dtype=dtype, device=backend.device)
+    """Above the size where rows are shared between threads, and with several tiles interpreted."""
+    rows = 3 * 1400 if INTERPRETED else 4 * 8400
+    pred = logits(rows, bins, dtype=dtype, device=backend.device)
     for form in FORMS:
-        target = make_target(form, (8400 * 4,), bins, device=backend.device)
+        target = make_target(form, (rows,), bins, device=backend.device)
         check_op("distribution", pred, target, reduction="none", what=f"{form} K={bins}")
         check_op("distribution", pred, target, reduction="sum", what=f"{form} K={bins} sum")
-    weight = row_weight((8400 * 4,))
+    weight = row_weight((rows,))
     check_op(
         "distribution", pred, target, weight=weight, avg_factor=torch.tensor(17.0), what=f"K={bins}"
     )

@@ -75,7 +75,9 @@ else:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_kernels_on_every_isa(native, isa, request):
-    """The whole set of kernel tests under each instruction set the default choice is not."""
+    """The kernel tests under each instruction set the default choice is not, but for what says the
+    same at a greater length: finite differences and large inputs.
+    """
     from gfl_kernels import _C
 
     if isa not in available():
@@ -84,8 +86,9 @@ def test_kernels_on_every_isa(native, isa, request):
         pytest.skip(f"{isa} is what this very run of the suite tests")
     folder = request.path.parent
     tests = [str(folder / name) for name in KERNEL_TESTS]
+    skipping = "not reference and not gradcheck and not large_inputs"
     done = run_python(
-        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not reference", *tests],
+        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", skipping, *tests],
         GFL_CPU_ISA=isa,
         GFL_TEST_EXPECT_NATIVE="1",
         PYTEST_ADDOPTS=None,

@@ -127,12 +127,9 @@ def row_target(target, weight_left, weight_right, row, inside, last, ACC: tl.con
 
 
 @triton.jit
-def in_run(base, outer, middle, outer_stride, middle_stride, row_stride, UNIT: tl.constexpr):
-    """(pointer, row stride) of an operand in the run of (outer, middle)."""
-    if base is None:
-        return None, row_stride
-    else:
-        return base + (outer * outer_stride + middle * middle_stride) * UNIT, row_stride
+def in_run(base, outer, middle, outer_stride, middle_stride, UNIT: tl.constexpr):
+    """An operand's pointer in the run of (outer, middle)."""
+    return base + (outer * outer_stride + middle * middle_stride) * UNIT
 
 
 @triton.jit
@@ -163,6 +160,7 @@ def held_rows(
     N: tl.constexpr,
     TOGETHER: tl.constexpr,
     VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr,
     PRED_CONTIGUOUS: tl.constexpr,
     PRED_UNIT: tl.constexpr,
     GRAD_CONTIGUOUS: tl.constexpr,
@@ -175,7 +173,8 @@ def held_rows(
 
     Where K is odd a row does not begin at a multiple of VECTOR elements, but every TOGETHER-th of
     packed rows does: so many belong to one thread and are moved VECTOR elements at a time. With
-    VECTOR = 1 a bin is an access.
+    VECTOR = 1 a bin is an access. Otherwise CHUNK elements are one tensor, of which neighbouring
+    lanes fetch whole sectors together, and then hand over what is another's.
     """
     last: tl.constexpr = K - 1
     start = row
@@ -186,10 +185,13 @@ def held_rows(
             read = read | (row_weight(weight, start + i, inside, ACC) != 0.0)
     z = ()
     if VECTOR > 1:
-        at = (pred[0] + start * (pred[1] * PRED_UNIT))[:, None] + tl.arange(0, VECTOR)[None, :]
-        for v in tl.static_range(TOGETHER * K // VECTOR):
-            t = tl.load(at + v * VECTOR, mask=read[:, None], other=0.0)
-            z = z + split_vector(t, N, VECTOR)
+        at = (pred[0] + start * (pred[1] * PRED_UNIT))[:, None]
+        for c in tl.static_range(TOGETHER * K // CHUNK):
+            here = at + (c * CHUNK + tl.arange(0, CHUNK)[None, :])
+            z = z + split_vector(tl.load(here, mask=read[:, None], other=0.0), N, CHUNK)
+        for v in tl.static_range(TOGETHER * K // CHUNK * CHUNK, TOGETHER * K, VECTOR):
+            here = at + (v + tl.arange(0, VECTOR)[None, :])
+            z = z + split_vector(tl.load(here, mask=read[:, None], other=0.0), N, VECTOR)
     else:
         for k in tl.static_range(K):
             bin_ = tl.full((), k, tl.int64)
@@ -247,10 +249,13 @@ def held_rows(
                 gradients = gradients + (g.to(grad[0].dtype.element_ty),)
     if grad[0] is not None:
         if VECTOR > 1:
-            at = (grad[0] + start * (grad[1] * GRAD_UNIT))[:, None] + tl.arange(0, VECTOR)[None, :]
-            for v in tl.static_range(TOGETHER * K // VECTOR):
-                t = join_vector(gradients, v * VECTOR, 1, N, VECTOR)
-                tl.store(at + v * VECTOR, t, mask=inside[:, None])
+            at = (grad[0] + start * (grad[1] * GRAD_UNIT))[:, None]
+            for c in tl.static_range(TOGETHER * K // CHUNK):
+                t = join_vector(gradients, c * CHUNK, 1, N, CHUNK)
+                tl.store(at + (c * CHUNK + tl.arange(0, CHUNK)[None, :]), t, mask=inside[:, None])
+            for v in tl.static_range(TOGETHER * K // CHUNK * CHUNK, TOGETHER * K, VECTOR):
+                t = join_vector(gradients, v, 1, N, VECTOR)
+                tl.store(at + (v + tl.arange(0, VECTOR)[None, :]), t, mask=inside[:, None])
         else:
             for k in tl.static_range(K):
                 bin_ = tl.full((), k, tl.int64)
@@ -386,6 +391,7 @@ def distribution_kernel(
     TOGETHER: tl.constexpr,  # rows of a group
     WIDE: tl.constexpr,
     VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr,
     RUNS: tl.constexpr,
     LOSS: tl.constexpr,  # ABSENT, SCALAR or PER_ROW, as the next one
     UPSTREAM: tl.constexpr,
@@ -407,26 +413,42 @@ def distribution_kernel(
         outer, middle, row, inside = tile_rows(
             tile, rows, tiles_per_run, middle_size, GROUPS, TOGETHER, RUNS, False
         )
-        pred_at = in_run(pred, outer, middle, pred_outer, pred_middle, pred_row, PRED_UNIT)
-        grad_at = in_run(grad, outer, middle, grad_outer, grad_middle, grad_row, GRAD_UNIT)
-        target_at = in_run(target, outer, middle, target_outer, target_middle, target_row, 1)
-        left_at = in_run(
-            weight_left, outer, middle, weight_left_outer, weight_left_middle, weight_left_row, 1
+        pred_at = (in_run(pred, outer, middle, pred_outer, pred_middle, PRED_UNIT), pred_row)
+        grad_at = (
+            None
+            if grad is None
+            else in_run(grad, outer, middle, grad_outer, grad_middle, GRAD_UNIT),
+            grad_row,
         )
-        right_at = in_run(
-            weight_right,
-            outer,
-            middle,
-            weight_right_outer,
-            weight_right_middle,
+        target_at = (
+            None
+            if target is None
+            else in_run(target, outer, middle, target_outer, target_middle, 1),
+            target_row,
+        )
+        left_at = (
+            None
+            if weight_left is None
+            else in_run(weight_left, outer, middle, weight_left_outer, weight_left_middle, 1),
+            weight_left_row,
+        )
+        right_at = (
+            None
+            if weight_right is None
+            else in_run(weight_right, outer, middle, weight_right_outer, weight_right_middle, 1),
             weight_right_row,
-            1,
         )
-        weight_at = in_run(weight, outer, middle, weight_outer, weight_middle, weight_row, 1)
+        weight_at = (
+            None
+            if weight is None
+            else in_run(weight, outer, middle, weight_outer, weight_middle, 1),
+            weight_row,
+        )
         upstream_at = (None, 0)
         if UPSTREAM == 2:
-            upstream_at = in_run(
-                upstream, outer, middle, upstream_outer, upstream_middle, upstream_row, 1
+            upstream_at = (
+                in_run(upstream, outer, middle, upstream_outer, upstream_middle, 1),
+                upstream_row,
             )
         loss_at = None
         if LOSS == 2:
@@ -477,6 +499,7 @@ def distribution_kernel(
                 GROUPS,
                 TOGETHER,
                 VECTOR,
+                CHUNK,
                 PRED_CONTIGUOUS,
                 PRED_UNIT,
                 GRAD_CONTIGUOUS,
@@ -508,6 +531,7 @@ def distribution_kernel(
                         TOGETHER,
                         1,
                         1,
+                        1,
                         PRED_CONTIGUOUS,
                         PRED_UNIT,
                         GRAD_CONTIGUOUS,
@@ -527,6 +551,7 @@ class Config(NamedTuple):
     groups: int  # of a tile
     together: int  # rows of a group
     vector: int  # elements of an access; of a padded row if it is wide
+    chunk: int  # elements that neighbouring lanes move together
     wide: bool
     warps: int
 
@@ -541,7 +566,7 @@ def config(bins: int, itemsize: int, contiguous: int, packed_rows: bool, unit: i
     widest = 16 // itemsize
     if bins > HELD:
         padded = triton.next_power_of_2(bins)
-        return Config(max(1, 2048 // padded), 1, padded, True, 4)
+        return Config(max(1, 2048 // padded), 1, padded, padded, True, 4)
     threads = INTERPRETED_ELEMENTS // 64 if INTERPRETED else 32
     rows = max(1, min(widest, 1 << (HELD // bins).bit_length() - 1))  # of a thread
     # Interpreted, every vector in a thread's registers would be an operation of its own.
@@ -549,9 +574,10 @@ def config(bins: int, itemsize: int, contiguous: int, packed_rows: bool, unit: i
     while vector > 1:
         together = vector // math.gcd(vector, bins)
         if together <= rows and (packed_rows if together > 1 else vector <= unit):
-            return Config(threads * rows // together, together, vector, False, 1)
+            chunk = min(64 // itemsize, 1 << (together * bins).bit_length() - 1)
+            return Config(threads * rows // together, together, vector, chunk, False, 1)
         vector //= 2
-    return Config(threads * rows, 1, 1, False, 1)
+    return Config(threads * rows, 1, 1, 1, False, 1)
 
 
 def _launch(
@@ -632,12 +658,14 @@ def _launch(
             GROUPS=shape.groups,
             TOGETHER=shape.together,
             VECTOR=shape.vector,
+            CHUNK=shape.chunk,
             WIDE=shape.wide,
             LOSS=ABSENT if loss is None else PER_ROW if per_row else SCALAR,
             UPSTREAM=ABSENT if upstream is None else PER_ROW if per_row else SCALAR,
             ACC=acc_type(pred.dtype),
             FAST=fast(),
             num_warps=shape.warps,
+            enable_fp_fusion=True,
             **rows,
         )
 

@@ -235,7 +235,8 @@ def tile_rows(
         outer = run // middle_size
         return outer, run - outer * middle_size, row, inside
     else:
-        inside = row + TOGETHER <= rows
+        # row + 1 <= rows would hide from the compiler that neighbours come together.
+        inside = row < rows if TOGETHER == 1 else row + TOGETHER <= rows
         if CLAMPED:
             row = tl.minimum(row, rows - 1)
         return tl.full((), outer, tl.int64), tl.full((), middle, tl.int64), row, inside
@@ -257,7 +258,7 @@ def element_mask(read, columns, COUNT: tl.constexpr, STEP: tl.constexpr, CLAMPED
     CLAMPED: lanes past the last row repeat it.
     """
     if CLAMPED and COUNT % STEP == 0:
-        return None
+        return  # Triton 3.6 takes no `return None`
     elif CLAMPED:
         return columns < COUNT
     elif COUNT % STEP == 0:
@@ -267,12 +268,25 @@ def element_mask(read, columns, COUNT: tl.constexpr, STEP: tl.constexpr, CLAMPED
 
 
 @triton.jit
-def load_elements(pointers, mask, ACC: tl.constexpr):
+def load_elements(pointers, mask, ACC: tl.constexpr, FAST: tl.constexpr):
     """Elements of a matrix; 0 where masked."""
     if mask is None:
-        return tl.load(pointers).to(ACC)
+        values = tl.load(pointers)
     else:
-        return tl.load(pointers, mask=mask, other=0).to(ACC)
+        values = tl.load(pointers, mask=mask, other=0)
+    if FAST and values.dtype == tl.bfloat16:
+        # Two instructions for a pair. The compiler unpacks in five, and twice: it compares in
+        # bfloat16 what is compared in float32 here.
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r",
+            [values],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return values.to(ACC)
 
 
 @triton.jit

@@ -49,11 +49,11 @@ def class_index(label, C: tl.constexpr):
     """A label as int32, -1 for whatever is no class in [0, C): -1, 255, NaN, 1.5."""
     if label.dtype.is_floating():
         label = label.to(tl.float32)  # a class that float16 can hold is exact
+        index = tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
+        return tl.where(index.to(tl.float32) == label, index, -1)
     else:
         label = label.to(tl.int64)
-    known = (label >= 0) & (label < C)
-    index = tl.where(known, label, 0).to(tl.int32)
-    return tl.where(known & (index.to(label.dtype) == label), index, -1)
+        return tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=stride_names(_MATRICES, _VECTORS))
@@ -159,6 +159,9 @@ def quality_kernel(
         middle_ = beside_columns(middle, RUNS)
         at = row[:, None]
         first_columns = tl.arange(0, STEP)[None, :]
+        if score is not None:
+            # Classes from a lane's own to the label: steps compare it with a constant.
+            ahead = label - first_columns
         pred_at = pred + matrix_offsets(
             outer_ * pred_outer + middle_ * pred_middle,
             at,
@@ -202,11 +205,11 @@ def quality_kernel(
         for first_class in tl.range(0, C, STEP, loop_unroll_factor=UNROLL):
             c = first_class + first_columns
             mask = element_mask(read, c, C, STEP, CLAMPED)
-            x = load_elements(pred_at, mask, ACC)
+            x = load_elements(pred_at, mask, ACC, FAST)
             if score is not None:
-                q = tl.where(label == c, quality, 0.0)
+                q = tl.where(ahead == first_class, quality, 0.0)
             else:
-                q = load_elements(target_at, mask, ACC)
+                q = load_elements(target_at, mask, ACC, FAST)
                 target_at += columns_ahead(STEP, target_column, TARGET_CONTIGUOUS, TARGET_UNIT)
             if PROBABILITIES:
                 element, g = quality_probability_loss_grad(x, q, beta, SQUARE)
@@ -215,7 +218,7 @@ def quality_kernel(
             else:
                 element, g = quality_loss_grad(x, q, beta, FAST)
             if WEIGHT == 3:
-                we = load_elements(weight_at, mask, ACC)
+                we = load_elements(weight_at, mask, ACC, FAST)
                 weight_at += columns_ahead(STEP, weight_column, WEIGHT_CONTIGUOUS, WEIGHT_UNIT)
                 element = tl.where(we == 0.0, 0.0, element * we)  # 0 even where the loss is NaN
                 g = tl.where(we == 0.0, 0.0, g * we)
@@ -254,6 +257,14 @@ def config(classes: int) -> tuple[int, int, int]:
     padded = [-(-classes // s) * s for s in steps]
     step = max(s for s, p in zip(steps, padded, strict=True) if p <= 1.03 * min(padded))
     return 1024 // step, step, 4
+
+
+def unroll(classes: int, step: int) -> int:
+    """Steps that the compiler lays out together: all of a few, with every load in flight at once;
+    of many only two, or 64 registers would not hold what they load.
+    """
+    steps = -(-classes // step)
+    return steps if steps <= 5 else 2
 
 
 def _launch(
@@ -319,7 +330,7 @@ def _launch(
             C=classes,
             TILE_ROWS=count,
             STEP=step,
-            UNROLL=min(-(-classes // step), 8),
+            UNROLL=unroll(classes, step),
             maxnreg=64,
             PROBABILITIES=form == PROBABILITIES,
             SQUARE=beta == 2,
@@ -331,6 +342,7 @@ def _launch(
             ACC=acc_type(pred.dtype),
             FAST=fast(),
             num_warps=warps,
+            enable_fp_fusion=True,
             **rows,
         )
 
