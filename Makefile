@@ -17,7 +17,7 @@ NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt gfl_kernels/_version.py
   $(wildcard cmake/*) $(wildcard python/*) $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc python tests/cpp -name '*.h' -o -name '*.cpp')
 
-.PHONY: help venv demo test test-asan check-isa bench bench-quick roofline lint format wheel sdist ci clean
+.PHONY: help venv demo test test-triton test-asan check-isa bench bench-quick roofline lint format wheel sdist ci clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,29 @@ demo: $(VENV)/.package ## Train a detector on scanned digits with plain and with
 test: $(VENV)/.package ## All tests (PYTEST_ARGS, JOBS)
 	$(PY) -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+# Other versions of Triton stand before the one of .venv on the path. A part of each file that stands for it.
+TRITON_VERSIONS := 3.6.0 3.9.0
+TRITON_COMPILED := (test_quality_sparse and nearest-True and not dtype2) or (layouts and nearest-nchw) or \
+  (test_distribution and nearest-17-dtype0) or (integral and nearest-dtype0) or launches or one_compilation
+TRITON_INTERPRETED := triton and ((test_layouts and dtype1 and (contiguous or negative)) or sparse_and_dense or \
+  fine_grid and 1.5-dtype0 or fine_grid and 2.0-dtype1 or triton-9 or triton-31 or triton-100)
+test-triton: $(VENV)/.package ## Some Triton tests under other versions of it, and triton-viz's sanitizer
+	for version in $(TRITON_VERSIONS); do \
+	  site=$(CURDIR)/build/triton-$$version; \
+	  [ -d $$site/triton ] || $(PIP) install -q --no-deps --target $$site triton==$$version; \
+	  export PYTHONPATH=$$site TRITON_CACHE_DIR=$$site-cache; \
+	  $(PY) -c "import triton; assert triton.__version__ == '$$version', triton.__version__"; \
+	  $(PY) -m pytest -q -p no:cacheprovider -n $(JOBS) tests/test_triton.py -k '$(TRITON_COMPILED)'; \
+	  TRITON_INTERPRET=1 $(PY) -m pytest -q -p no:cacheprovider -n $(JOBS) \
+	    tests/test_quality.py tests/test_distribution.py -k '$(TRITON_INTERPRETED)'; \
+	done
+	[ -d build/triton-viz/flask ] || \
+	  $(PIP) install -q --target build/triton-viz $$(grep -v -e '^#' -e ^triton tests/requirements-sanitizer.txt)
+	[ -d build/triton-viz/triton_viz ] || \
+	  $(PIP) install -q --no-deps --target build/triton-viz $$(grep ^triton tests/requirements-sanitizer.txt)
+	PYTHONPATH=$(CURDIR)/build/triton-3.6.0:$(CURDIR)/build/triton-viz GFL_TEST_EXPECT_SANITIZER=1 \
+	  $(PY) -m pytest -q -rs -p no:cacheprovider tests/test_sanitizer.py
 
 bench: $(VENV)/.package ## Benchmarks of the ops; tables and charts go to bench/out
 	$(PY) -m bench.run $(BENCH_ARGS)
