@@ -48,7 +48,7 @@ def _why_not(name: str) -> str | None:
             )
         return reason
     if name == "cuda":
-        return "not part of this version of gfl_kernels"
+        return native.cuda_why_not()
     return native.why_not() if name == "cpu" else None
 
 
@@ -126,6 +126,9 @@ def _obstacle(backend: str, pred: Tensor, *constants: Tensor | None) -> str | No
     if backend == "cpu":
         if not pred.is_cpu:
             return f"it needs CPU tensors, got {pred.device}"
+    elif backend == "cuda":
+        if not pred.is_cuda:
+            return f"it needs CUDA tensors, got {pred.device}"
     elif backend == "triton" and not _triton_runs_on(pred.device.type):
         return f"it needs CUDA tensors (or TRITON_INTERPRET=1), got {pred.device}"
     if pred.dtype not in DTYPES:
@@ -142,7 +145,11 @@ def _obstacle(backend: str, pred: Tensor, *constants: Tensor | None) -> str | No
 
 def _candidate(pred: Tensor) -> str:
     """The backend whose turn it is: the forced one, else the one for pred's device."""
-    return _forced or ("cpu" if pred.is_cpu else "triton" if pred.is_cuda else "reference")
+    if _forced is not None:
+        return _forced
+    if pred.is_cuda:  # the compiled kernels only where Triton is not
+        return "cuda" if _why_not("triton") is not None and _why_not("cuda") is None else "triton"
+    return "cpu" if pred.is_cpu else "reference"
 
 
 def choose(op: str, pred: Tensor, *constants: Tensor | None) -> str:
