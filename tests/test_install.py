@@ -409,7 +409,11 @@ def test_a_compiler_that_fails_is_quoted(source, tmp_path):
         f'exec {tool("c++")} "$@"\n'
     )
     compiler.chmod(0o755)
-    env = {"CXX": compiler, "GFL_KERNELS_BUILD_DIR": tmp_path / "b"}
+    env = {
+        "CXX": compiler,
+        "GFL_KERNELS_BUILD_DIR": tmp_path / "b",
+        "GFL_KERNELS_CMAKE_ARGS": "-DGFL_CUDA=OFF",
+    }
     wheel, _ = build_wheel(source, tmp_path, "--no-build-isolation", **env)
     folder = unpack(wheel, tmp_path / "unpacked")
     assert_pure(wheel, folder)
