@@ -17,7 +17,7 @@ NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt gfl_kernels/_version.py
   $(wildcard cmake/*) $(wildcard python/*) $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc python tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help venv demo test test-asan check-isa bench bench-quick lint format wheel sdist ci clean
+.PHONY: help venv demo test test-asan check-isa bench bench-quick roofline lint format wheel sdist ci clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ bench: $(VENV)/.package ## Benchmarks of the ops; tables and charts go to bench/
 
 bench-quick: $(VENV)/.package ## The same in under two minutes
 	$(PY) -m bench.run --quick $(BENCH_ARGS)
+
+roofline: $(VENV)/.package ## Counts from the compiled Triton kernels, without a GPU; also to bench/out
+	$(PY) -m bench.roofline $(ROOFLINE_ARGS)
 
 # The installed copy is found before the one in the source tree through PYTHONPATH; pytest runs from the
 # build folder because `python -m` puts the current folder first.

@@ -5,10 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from . import __version__, backends, dispatch, native
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def report() -> str:
@@ -16,6 +24,7 @@ def report() -> str:
         f"gfl_kernels {__version__}",
         f"python      {sys.version.split()[0]} on {platform.platform()}",
         f"torch       {torch.__version__} (CUDA {torch.version.cuda or 'no'})",
+        f"triton      {_version('triton')}",
         f"threads     {torch.get_num_threads()}",
     ]
     info = native.build_info()

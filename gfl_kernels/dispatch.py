@@ -21,6 +21,7 @@ DEBUG = os.environ.get("GFL_KERNELS_DEBUG", "0") not in ("", "0")
 # Plain globals, not a ContextVar: torch.compile guards them and recompiles on change. A value of
 # the environment that makes no sense is reported by the first call, since importing never fails.
 _forced: str | None = os.environ.get("GFL_KERNELS_BACKEND") or None
+_cpu_error: str | None = native.why_not()
 
 
 def backends() -> dict[str, str]:
@@ -49,7 +50,7 @@ def _why_not(name: str) -> str | None:
         return reason
     if name == "cuda":
         return native.cuda_why_not()
-    return native.why_not() if name == "cpu" else None
+    return _cpu_error if name == "cpu" else None
 
 
 @cache
@@ -124,13 +125,18 @@ def _tracing_for_export() -> bool:
 def _obstacle(backend: str, pred: Tensor, *constants: Tensor | None) -> str | None:
     """Why a fused backend cannot serve this call; constants: what it has no derivative for."""
     if backend == "cpu":
+        if _cpu_error is not None:
+            return _cpu_error
         if not pred.is_cpu:
             return f"it needs CPU tensors, got {pred.device}"
-    elif backend == "cuda":
-        if not pred.is_cuda:
+    else:
+        reason = _why_not(backend)
+        if reason is not None:
+            return reason
+        if backend == "cuda" and not pred.is_cuda:
             return f"it needs CUDA tensors, got {pred.device}"
-    elif backend == "triton" and not _triton_runs_on(pred.device.type):
-        return f"it needs CUDA tensors (or TRITON_INTERPRET=1), got {pred.device}"
+        if backend == "triton" and not _triton_runs_on(pred.device.type):
+            return f"it needs CUDA tensors (or TRITON_INTERPRET=1), got {pred.device}"
     if pred.dtype not in DTYPES:
         return f"it has no kernels for {pred.dtype}"
     for tensor in constants:
@@ -159,7 +165,7 @@ def choose(op: str, pred: Tensor, *constants: Tensor | None) -> str:
     backend = _candidate(pred)
     if backend == "reference" or _tracing_for_export():
         return "reference"
-    obstacle = _why_not(backend) or _obstacle(backend, pred, *constants)
+    obstacle = _obstacle(backend, pred, *constants)
     if obstacle is None:
         return backend
     if _forced is None:
@@ -175,7 +181,7 @@ def kernel(name: str, pred: Tensor):
     elif backend == "reference":
         obstacle = f"no backend has kernels for {pred.device}"
     else:
-        obstacle = _why_not(backend) or _obstacle(backend, pred)
+        obstacle = _obstacle(backend, pred)
     if obstacle is not None:
         raise RuntimeError(f"gfl_kernels::{name} has no kernel to run: {obstacle}")
     return _implementation(backend, name)
@@ -183,6 +189,20 @@ def kernel(name: str, pred: Tensor):
 
 @cache
 def _implementation(backend: str, name: str):
-    if backend == "triton":
-        return getattr(import_module(".triton", __package__), name)
-    return getattr(torch.ops.gfl_native, name).default
+    if backend != "triton":
+        return getattr(torch.ops.gfl_native, name).default
+    launch = getattr(import_module(".triton", __package__), name)
+    op = getattr(torch.ops.gfl_kernels, name).default
+
+    def run(*args):
+        # Tensors that are not what their memory says (fake ones, a pending sign) go through the
+        # dispatcher, which takes care of them and comes back here.
+        return launch(*args) if all(map(_is_plain, args)) else op(*args)
+
+    return run
+
+
+def _is_plain(value) -> bool:
+    return not isinstance(value, Tensor) or (
+        type(value).__torch_dispatch__ is Tensor.__torch_dispatch__ and not value.is_neg()
+    )

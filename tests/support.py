@@ -151,11 +151,16 @@ def assert_no_worse(got, truth, eager, *, what, scale=1.0):
         )
 
 
+def gradcheck(function, leaves, **options):
+    """torch.autograd.gradcheck; interpreted, along random directions instead of every axis."""
+    return torch.autograd.gradcheck(function, leaves, fast_mode=INTERPRETED, **options)
+
+
 def check_op(op, pred, *args, seed=0, upstream=None, scale=1.0, grad_scale=None, what="", **kwargs):
     """Value and gradient of the public function against truth and eager; returns both."""
     function, oracle = PUBLIC[op], ORACLE[op]
     if upstream is None:
-        upstream = random_upstream(function(pred.detach(), *args, **kwargs), seed)
+        upstream = random_upstream(oracle(pred.detach(), *args, **kwargs), seed)
     got, got_grad = evaluate(function, pred, upstream, args, kwargs)
     truth, truth_grad = evaluate(
         oracle, pred.double(), upstream.double(), to_double(args), to_double(kwargs)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import (
     ATOL,
+    INTERPRETED,
     RTOL,
     assert_no_worse,
     check_op,
@@ -21,8 +22,9 @@ from gfl_kernels import distribution_focal_loss, integral, quality_focal_loss
 hypothesis = pytest.importorskip("hypothesis", reason="the fuzzing needs hypothesis")
 st = hypothesis.strategies
 
-EXAMPLES = 150
-BACKEND = "cpu" if why_not("cpu") is None else "reference"
+pytestmark = pytest.mark.interpreted
+EXAMPLES = 12 if INTERPRETED else 150
+BACKEND = "triton" if INTERPRETED else "cpu" if why_not("cpu") is None else "reference"
 
 FLOATS = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 ANY_FLOAT = st.sampled_from([torch.float32, torch.float64, torch.float16])
@@ -56,7 +58,7 @@ SPECIAL = torch.tensor(
 
 @pytest.fixture(autouse=True, scope="module")
 def _backend():
-    if BACKEND != "cpu" and expect_native():
+    if BACKEND == "reference" and expect_native():
         pytest.fail(f"GFL_TEST_EXPECT_NATIVE=1, but there is no cpu backend: {why_not('cpu')}")
     with gfl_kernels.use_backend(BACKEND):
         yield

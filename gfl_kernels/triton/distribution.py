@@ -11,7 +11,8 @@ from torch import Tensor
 from .launch import (
     ABSENT,
     COLUMNS,
-    INTERPRETED_TILES,
+    INTERPRETED,
+    INTERPRETED_ELEMENTS,
     MAX_PROGRAMS,
     MEAN,
     NONE,
@@ -541,9 +542,10 @@ def config(bins: int, itemsize: int, contiguous: int, packed_rows: bool, unit: i
     if bins > HELD:
         padded = triton.next_power_of_2(bins)
         return Config(max(1, 2048 // padded), 1, padded, True, 4)
-    threads = 32 * INTERPRETED_TILES
+    threads = INTERPRETED_ELEMENTS // 64 if INTERPRETED else 32
     rows = max(1, min(widest, 1 << (HELD // bins).bit_length() - 1))  # of a thread
-    vector = widest if contiguous == COLUMNS else 1
+    # Interpreted, every vector in a thread's registers would be an operation of its own.
+    vector = widest if contiguous == COLUMNS and not INTERPRETED else 1
     while vector > 1:
         together = vector // math.gcd(vector, bins)
         if together <= rows and (packed_rows if together > 1 else vector <= unit):

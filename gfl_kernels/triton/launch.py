@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,8 +18,8 @@ from ..reference import accumulate_dtype
 # The interpreter or a compiler: Triton decides once per process, where it decorates.
 INTERPRETED = bool(knobs.runtime.interpret)
 
-# What an interpreted operation costs hardly depends on its size: tiles that much larger there.
-INTERPRETED_TILES = 16 if INTERPRETED else 1
+# Of a tile there: what an interpreted operation costs hardly depends on its size.
+INTERPRETED_ELEMENTS = 32768
 
 # A program takes every n-th tile: the last one to finish has this many partial sums to add. A
 # constant, because the order of a sum must not depend on the GPU.
@@ -34,9 +33,14 @@ NONE, SUM, MEAN = 0, 1, 2
 LOGITS, PROBABILITIES = 0, 1
 
 
+_one_launch = threading.Lock()
+
+
 def on_device(tensor: Tensor):
-    """Launches go to the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    """Launches go to the current device: make it the tensor's. What runs kernels on CPU tensors has
+    global state, the interpreter above all: one launch at a time there.
+    """
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else _one_launch
 
 
 def fast() -> bool:

@@ -16,14 +16,20 @@ import triton.language as tl
 
 
 @triton.jit
-def exponential(x):
+def exponential(x, CAREFUL: tl.constexpr = False):
     """exp(x). Valid: x <= 88, -inf and NaN included. Error (float32): 2^-22 + 6e-8 |x|, because
-    x log2(e) is rounded before 2^x: at most 5e-6, where exp(x) itself is 1e-38.
+    x log2(e) is rounded before 2^x: at most 5e-6, where exp(x) itself is 1e-38. CAREFUL: 2^-22 for
+    finite x, the rounded part being multiplied in.
 
     0 below the smallest normal number.
     """
     if x.dtype == tl.float64:
         return tl.exp(x)
+    elif CAREFUL:
+        t = x * 1.4426950408889634
+        rest = tl.fma(x, 1.4426950216293335, -t) + x * 1.925963033500e-8  # log2(e) in two parts
+        e = tl.exp2(t)
+        return tl.where(e > 0.0, e + e * (rest * 0.6931471805599453), e)  # rest is NaN for -inf
     else:
         return tl.exp2(x * 1.4426950408889634)
 
@@ -88,7 +94,7 @@ def pow_abs(log_abs_d, beta):
 
 
 @triton.jit
-def logistic(x, FAST: tl.constexpr):
+def logistic(x, FAST: tl.constexpr, CAREFUL: tl.constexpr = False):
     """(log1p_e, w, ds, a, e, r), what every formula on logits starts from.
 
     With a = |x|, e = exp(-a): r = 1 / (1 + e), w = e / (1 + e) = sigmoid(-a), ds = s (1 - s) =
@@ -96,7 +102,7 @@ def logistic(x, FAST: tl.constexpr):
     sign(x) d. Nothing cancels, nothing overflows.
     """
     a = tl.abs(x)
-    e = exponential(-a)
+    e = exponential(-a, CAREFUL)
     r = reciprocal(e + 1.0, FAST)
     w = e * r
     return log1p_unit(e), w, w * r, a, e, r
@@ -129,11 +135,11 @@ def quality_loss_grad(x, q, beta, FAST: tl.constexpr):
     For q = 0 the second is beta s^beta (1 - s) B, finite for every beta >= 0: s (1 - s) / |d| is
     taken as 1 - s there, which matters where s underflows.
     """
-    log1p_e, w, ds, a, e, r = logistic(x, FAST)
-    # w again to the last digit, with the remainder of its division (exact where multiplications are
-    # fused): for beta < 1 the slope at small d multiplies the rounding error.
+    # To the last digit, w again with the exact remainder of its division: for beta < 1 the slope at
+    # small d multiplies the error.
+    log1p_e, w, ds, a, e, r = logistic(x, FAST, CAREFUL=True)
     total = e + 1.0
-    w = w + ((e - w * total) - w * (e - (total - 1.0))) * r
+    w = w + (tl.fma(-w, total, e) - w * (e - (total - 1.0))) * r
     positive = x >= 0.0
     tau = tl.where(positive, 1.0 - q, q)
     b = linear_part(a, tau) + log1p_e

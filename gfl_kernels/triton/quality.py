@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .launch import (
     ABSENT,
-    INTERPRETED_TILES,
+    INTERPRETED,
+    INTERPRETED_ELEMENTS,
     MAX_PROGRAMS,
     MEAN,
     NONE,
@@ -246,10 +247,13 @@ def config(classes: int) -> tuple[int, int, int]:
     The step is the largest power of two up to 32 whose padding costs at most 3 % more than the
     least: 16 for 80 classes, where no lane idles.
     """
+    if INTERPRETED:
+        step = min(128, triton.next_power_of_2(classes))
+        return INTERPRETED_ELEMENTS // step, step, 4
     steps = [s for s in (1, 2, 4, 8, 16, 32) if s >= min(8, classes)]
     padded = [-(-classes // s) * s for s in steps]
     step = max(s for s, p in zip(steps, padded, strict=True) if p <= 1.03 * min(padded))
-    return INTERPRETED_TILES * 1024 // step, step, 4
+    return 1024 // step, step, 4
 
 
 def _launch(

@@ -1,0 +1,510 @@
+"""What the compiled Triton kernels do, counted without a GPU: no figure here is a timing.
+
+    python -m bench.roofline                     sm_90 and gfx942; five targets for the main cases
+    python -m bench.roofline --full              five targets for all, and more cases: a long run
+    python -m bench.roofline --quick             sm_90 and gfx942, the main cases
+    python -m bench.roofline --only 'dfl.*x17'   cases whose name matches (--list shows the names)
+    python -m bench.roofline --check             exit status 1 if a requirement is missed
+
+Writes roofline.json and roofline.png. Each kernel is compiled by Triton itself for sm_80, sm_90,
+sm_100, gfx942 and gfx90a. What is compiled for NVIDIA then runs in ptxsim, on full-sized inputs:
+
+- registers, spills and static counts are those of the binary;
+- DRAM bytes are 32 x the distinct sectors that a launch touches (an infinite cache), next to the
+  bytes of inputs once and outputs once; sectors per request are those of a warp's access;
+- instructions per logit are warp instructions x 32 / logits, so idle lanes and the padding of rows
+  count; bench.sass says how SASS is counted. For AMD there is no simulator: static counts only;
+- the bound is ptxsim's roofline: the largest of the terms dram, l2 (no L1 is modelled), issue, fma,
+  alu, xu, fp64, lsu, each with perfect overlap on a full GPU. Its issue term is replaced by the
+  executed SASS instructions; those of the pipes are PTX counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from bench.cases import BACKWARD, FORWARD, ITEM_BYTES, STEP, Case
+
+LOSS_GRADIENT = "loss+gradient"  # both from one launch, for an upstream gradient of 1
+GPUS = {80: "a100", 90: "h100", 100: "b200"}
+AMD = ("gfx942", "gfx90a")
+LARGE = 256_000  # logits from which bytes are judged: below, partial sums and counters show
+Row = dict
+
+ANCHORS = 16800  # cells of two 640x640 images at strides 8 to 32
+SIDES = 4 * ANCHORS
+
+
+_BOTH = (FORWARD, BACKWARD)
+_ALL = (*_BOTH, LOSS_GRADIENT)
+
+
+def _qfl(form: str, shape: tuple[int, ...], dtype: str = "float32", passes=_BOTH, **rest) -> Case:
+    return Case("qfl", form, shape, dtype, passes=passes, **{"weighted": False} | rest)
+
+
+def _bins(op: str, bins: int, dtype: str = "float32", passes=_BOTH, **rest) -> Case:
+    return Case(op, "", (SIDES, bins), dtype, passes=passes, **{"weighted": False} | rest)
+
+
+NCHW = (2, 80, 100, 168)
+QFL = _qfl("sparse", (ANCHORS, 80), passes=_ALL, quick=True)
+QFL_HALF = _qfl("sparse", (ANCHORS, 80), "bfloat16", _ALL, quick=True)
+DFL = _bins("dfl", 17, passes=_ALL, quick=True)
+EVERY_TARGET = (QFL, QFL_HALF, DFL)  # of the rest a default run takes one of NVIDIA and one of AMD
+CASES = (
+    QFL,
+    _qfl("sparse", (ANCHORS, 80), passes=_ALL, weighted=True),
+    QFL_HALF,
+    _qfl("sparse", (ANCHORS, 80), "float16"),
+    _qfl("dense", (ANCHORS, 80)),
+    _qfl("dense", (ANCHORS, 80), "bfloat16"),
+    _qfl("sparse", NCHW, note="stride 8"),
+    _qfl("sparse", NCHW, "bfloat16", note="stride 8"),
+    _qfl("probability", (ANCHORS, 80), note="GFLv2's joint score"),
+    _qfl("sparse", (4800, 1203), note="LVIS"),
+    _qfl("sparse", (16 * ANCHORS, 1), note="one class"),
+    DFL,
+    _bins("dfl", 17, weighted=True),
+    _bins("dfl", 17, "bfloat16", _ALL, quick=True),
+    _bins("dfl", 16, passes=_ALL),
+    _bins("dfl", 8, passes=_ALL),
+    _bins("dfl", 33),
+    _bins("integral", 17),
+)
+FULL_CASES = (
+    *CASES,
+    _qfl("dense", (ANCHORS, 80), "float16"),
+    _qfl("sparse", NCHW, "float16", note="stride 8"),
+    _qfl("probability", (ANCHORS, 80), "bfloat16", note="GFLv2's joint score"),
+    _qfl("probability", (ANCHORS, 80), "float16", note="GFLv2's joint score"),
+    _qfl("sparse", (4800, 1203), "bfloat16", note="LVIS"),
+    _qfl("sparse", (16 * ANCHORS, 1), "bfloat16", note="one class"),
+    _bins("dfl", 17, "float16", _ALL),
+    _bins("dfl", 16, "bfloat16", _ALL),
+    _bins("dfl", 8, "bfloat16", _ALL),
+    _bins("dfl", 33, "bfloat16"),
+    _bins("integral", 17, "bfloat16"),
+    _bins("integral", 17, "float16"),
+)
+SMALL = (  # what eager and the kernels launch does not depend on the size
+    Case("qfl", "sparse", (64, 80)),
+    Case("qfl", "dense", (64, 80)),
+    Case("qfl", "probability", (64, 80)),
+    Case("dfl", "", (64, 17)),
+    Case("integral", "", (64, 17)),
+)
+
+
+# ---- measurement ----
+
+
+def missing() -> str | None:
+    """What this machine lacks; None if nothing."""
+    try:
+        from triton import knobs
+
+        from bench import sass
+    except ImportError as error:
+        return str(error)
+    if knobs.runtime.interpret:
+        return "TRITON_INTERPRET is set: nothing is compiled"
+    try:
+        for name in ("nvdisasm", "cuobjdump"):
+            sass.tool(name)
+    except sass.ptxsim.PtxSimError as error:
+        return str(error)
+    return None
+
+
+def launch(case: Case, which: str, inputs):
+    """One launch of the case's kernel, straight through its launcher."""
+    import torch
+
+    from gfl_kernels import triton as kernels
+    from gfl_kernels.triton.launch import LOGITS, PROBABILITIES, SUM
+
+    pred = inputs.logits.detach()
+    upstream = torch.ones(())
+    if case.op == "integral":
+        pred = pred.view(case.rows, case.width)
+        if which == FORWARD:
+            return kernels.integral_forward(pred, None)
+        return kernels.integral_backward(inputs.upstream.view(-1), pred, None)
+    if case.op == "dfl":
+        arguments = (inputs.target, None, None, inputs.weight, None, 1.0, SUM)
+        forward, backward = kernels.distribution_forward, kernels.distribution_backward
+    else:
+        target = inputs.target if isinstance(inputs.target, tuple) else (inputs.target, None)
+        form = PROBABILITIES if case.form == "probability" else LOGITS
+        arguments = (*target, inputs.weight, None, form, 2.0, 1.0, SUM)
+        forward, backward = kernels.quality_forward, kernels.quality_backward
+        pred = pred.movedim(1, -1) if case.nchw else pred
+    if which == BACKWARD:
+        return backward(upstream, pred, *arguments)
+    return forward(pred, *arguments, which == LOSS_GRADIENT)
+
+
+def measure(case: Case, which: str, archs: tuple[int, ...], amd: tuple[str, ...]) -> list[Row]:
+    """A row per target."""
+    from bench import contestants, sass
+
+    inputs = contestants.make_inputs(case)
+    rows = []
+    for arch in archs:
+        with sass.CountingDevice(arch) as device:
+            launch(case, which, inputs)
+        (report,), (source,) = device.reports, device.sources
+        rows.append(_about(case, which) | nvidia_row(case, which, arch, report))
+    warps = report.num_warps
+    return rows + [_about(case, which) | amd_row(source, warps, target) for target in amd]
+
+
+def _about(case: Case, which: str) -> Row:
+    return {
+        "case": case.name,
+        "op": case.op,
+        "form": case.form,
+        "shape": "x".join(map(str, case.shape)),
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "weighted": case.weighted,
+        "pass": which,
+        "logits": case.rows * case.width,
+    }
+
+
+def rows_aligned(case: Case) -> bool:
+    """Whether the runs of neighbouring logits, rows or planes, are multiples of 16 bytes."""
+    run = case.shape[2] * case.shape[3] if case.nchw else case.width
+    if case.width == 1:
+        run = case.rows
+    return run * ITEM_BYTES[case.dtype] % 16 == 0
+
+
+def nvidia_row(case: Case, which: str, arch: int, report) -> Row:
+    from bench import sass
+
+    info, executed = report.cubin_info(), sass.executed(report)
+    logits = case.rows * case.width
+    lanes = 32 / logits
+    moved = Counter()
+    for traffic in report.allocations:
+        if {"pred", "grad"} & set(traffic.name.split("+")):  # neighbours in memory are one
+            moved.update(traffic.read_widths)
+            moved.update(traffic.written_widths)
+    minimum = case.bytes(STEP if which == LOSS_GRADIENT else which)
+    dram = report.dram_bytes_read + report.dram_bytes_written
+    terms = bounds(report, executed.instructions, GPUS[arch])
+    return {
+        "target": f"sm_{arch}",
+        "gpu": GPUS[arch],
+        "blocks": report.grid[0],
+        "warps": report.num_warps,
+        "registers": info.registers,
+        "spills": info.spills,
+        "static_instructions": info.instructions,
+        "static_loads_by_width": info.loads,
+        "static_stores_by_width": info.stores,
+        "sass_per_logit": executed.instructions * lanes,
+        "ptx_per_logit": report.warp_instructions * lanes,
+        "agreement": executed.agreement,
+        "by_opcode": _shares(executed.by_opcode, lanes),
+        "by_source": _shares(executed.by_source, lanes),
+        "rows_aligned": rows_aligned(case),
+        "logit_bytes_by_width": dict(sorted(moved.items())),
+        "wide_share": sum(n for width, n in moved.items() if width >= 16) / moved.total(),
+        "dram_bytes": dram,
+        "minimum_bytes": minimum,
+        "dram_ratio": dram / minimum,
+        "load_sectors_per_request": report.global_load.sectors_per_request,
+        "store_sectors_per_request": report.global_store.sectors_per_request,
+        "terms_us": terms,
+        "bound_us": max(terms.values()),
+        "bound_by": max(terms, key=terms.get),
+        "over_dram": max(terms.values()) / terms["dram"],
+    }
+
+
+def _shares(counts: Counter[str], lanes: float) -> dict[str, float]:
+    """Per logit, what matters of it."""
+    return {name: n * lanes for name, n in counts.most_common() if n * lanes >= 0.01}
+
+
+def bounds(report, instructions: int, gpu: str) -> dict[str, float]:
+    """Microseconds by term. An SM issues 4 warp instructions a clock."""
+    from ptxsim.report import GPUS as SPECIFICATIONS
+
+    known = SPECIFICATIONS[gpu]
+    sms = min(known.sms, report.grid[0])
+    issue = instructions / (4 * known.clock_ghz * 1e3 * sms)
+    return report.roofline(gpu).terms | {"issue": issue}
+
+
+def amd_row(source, warps: int, target: str) -> Row:
+    """The kernel that Triton compiled for NVIDIA as it is on AMD: the same types and alignments."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = source.fn
+    fast = (function.arg_names.index("FAST"),)
+    portable = ASTSource(function, source.signature, source.constants | {fast: False}, source.attrs)
+    compiled = triton.compile(
+        portable, target=GPUTarget("hip", target, 64), options={"num_warps": warps}
+    )
+    text = compiled.asm["amdgcn"]
+    facts = {
+        "vgprs": "vgpr_count",
+        "vgpr_spills": "vgpr_spill_count",
+        "sgprs": "sgpr_count",
+        "sgpr_spills": "sgpr_spill_count",  # into lanes of a VGPR, not into memory
+        "scratch_bytes": "private_segment_fixed_size",
+    }
+    found = {key: int(re.search(rf"\.{name}: *(\d+)", text)[1]) for key, name in facts.items()}
+    opcodes = re.findall(r"^\s+((?:v|s|global|ds|buffer|scratch|flat)_\w+)", text, re.M)
+    real = [op for op in opcodes if op not in ("s_nop", "s_code_end")]
+    return {"target": target, **found, "static_instructions": len(real)}
+
+
+def operations(call: Callable[[], object]) -> int:
+    """ATen operations that compute: neither views, nor allocations."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            allocates = function.__name__.partition(".")[0].removeprefix("new_").startswith("empty")
+            if function.namespace == "aten" and not function.is_view and not allocates:
+                self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    with Counting() as mode:
+        call()
+    return mode.count
+
+
+def launches(case: Case) -> Row:
+    """Forward + backward: eager's operations against kernels and operations of ours."""
+    import gfl_kernels
+    from bench import contestants, sass
+
+    inputs = contestants.make_inputs(case)
+    eager, _, ours = contestants.forms(case, inputs)
+
+    def step(form):
+        inputs.logits.grad = None
+        form(inputs.logits).backward(inputs.upstream)
+
+    with sass.CountingDevice(90) as device, gfl_kernels.use_backend("triton"):
+        own_operations = operations(lambda: step(ours))
+    return {
+        "case": case.name,
+        "eager_operations": operations(lambda: step(eager)),
+        "kernel_launches": len(device.reports),
+        "own_operations": own_operations,
+    }
+
+
+# ---- requirements ----
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A figure that every row in scope must reach; at_least: larger is better."""
+
+    label: str
+    required: float
+    column: str
+    scope: Callable[[Row], bool]
+    at_least: bool = False
+
+
+def _large(row: Row) -> bool:
+    return row["logits"] >= LARGE
+
+
+def _figure_case(case: Case, which: str) -> Callable[[Row], bool]:
+    return lambda row: (row["case"], row["pass"], row["target"]) == (case.name, which, "sm_90")
+
+
+def _near_dram(op: str) -> Callable[[Row], bool]:
+    return lambda row: (
+        row["op"] == op
+        and row["target"] == "sm_90"
+        and row["dtype"] in ("float32", "bfloat16")
+        and _large(row)
+    )
+
+
+REQUIREMENTS = (
+    Requirement("DRAM bytes / minimum, from 256k logits", 1.03, "dram_ratio", _large),
+    Requirement(
+        "Share of logit bytes in 16-byte accesses, aligned rows",
+        0.95,
+        "wide_share",
+        lambda row: row.get("rows_aligned", False),
+        at_least=True,
+    ),
+    Requirement("Spills, sm_80 to sm_100", 0, "spills", lambda row: True),
+    Requirement("Registers of the QFL kernels", 64, "registers", lambda row: row["op"] == "qfl"),
+    Requirement(
+        "QFL loss + gradient, SASS a logit", 36, "sass_per_logit", _figure_case(QFL, LOSS_GRADIENT)
+    ),
+    Requirement("QFL loss, SASS a logit", 28, "sass_per_logit", _figure_case(QFL, FORWARD)),
+    Requirement(
+        "DFL loss + gradient, SASS a bin", 40, "sass_per_logit", _figure_case(DFL, LOSS_GRADIENT)
+    ),
+    Requirement("QFL bound / its DRAM term, H100", 1.15, "over_dram", _near_dram("qfl")),
+    Requirement("DFL bound / its DRAM term, H100", 1.15, "over_dram", _near_dram("dfl")),
+    Requirement("Spilled VGPRs, gfx942 and gfx90a", 0, "vgpr_spills", lambda row: True),
+)
+
+
+def judge(rows: list[Row]) -> list[Row]:
+    """Every requirement with the worst row of its scope and a verdict: pass, miss, not measured."""
+    return [_verdict(requirement, rows) for requirement in REQUIREMENTS]
+
+
+def _verdict(requirement: Requirement, rows: list[Row]) -> Row:
+    column = requirement.column
+    scope = [row for row in rows if column in row and requirement.scope(row)]
+    sign = -1 if requirement.at_least else 1
+    missed = sum(sign * row[column] > sign * requirement.required for row in scope)
+    worst = max(scope, key=lambda row: sign * row[column], default=None)
+    return {
+        "requirement": requirement.label,
+        "at_least": requirement.at_least,
+        "required": requirement.required,
+        "measured": worst and worst[column],
+        "verdict": "miss" if missed else "pass" if worst else "not measured",
+        "missed": missed,
+        "of": len(scope),
+        "worst": f"{worst['case']}, {worst['pass']}, {worst['target']}" if worst else "",
+    }
+
+
+# ---- command line ----
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.roofline",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="only the main cases, fewer targets")
+    size.add_argument("--full", action="store_true", help="all targets, more cases")
+    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder of the results")
+    parser.add_argument("--only", metavar="REGEX", help="cases whose name matches")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (all cores)")
+    parser.add_argument("--check", action="store_true", help="exit status 1 if one is missed")
+    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    selected = [
+        case
+        for case in (FULL_CASES if options.full else CASES)
+        if (case.quick or not options.quick) and re.search(options.only or "", case.name)
+    ]
+    if options.list:
+        for case in selected:
+            print(f"{case.name:42} {case.note}".rstrip())
+        return 0
+    if not selected:
+        print(f"no case matches {options.only!r}; --list shows the names", file=sys.stderr)
+        return 2
+    if reason := missing():
+        print(f"bench.roofline: {reason}", file=sys.stderr)
+        return 2
+    return execute(options, selected)
+
+
+def execute(options: argparse.Namespace, selected: list[Case]) -> int:
+    from rich.console import Console
+    from rich.progress import track
+
+    from bench import roofline_report
+
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    tasks = [(case, which) for case in selected for which in case.passes]
+    # Kernels of bins take longest to compile: they come first, so that no process ends alone.
+    order = sorted(range(len(tasks)), key=lambda i: tasks[i][0].op == "qfl")
+    found: dict[int, list[Row]] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(options.jobs, len(tasks)), context, _one_thread) as pool:
+        futures = [pool.submit(measure, *tasks[i], *targets(tasks[i][0], options)) for i in order]
+        finished = zip(order, (future.result for future in futures), strict=True)
+        for i, result in track(finished, "counting", len(order), console=console, transient=True):
+            found[i] = result()
+    rows = [row for i in range(len(tasks)) for row in found[i]]
+    shown = {(case.op, case.form) for case in selected}
+    steps = [launches(case) for case in SMALL if (case.op, case.form) in shown]
+    verdicts = judge(rows)
+    document = describe(options) | {"requirements": verdicts, "launches": steps, "rows": rows}
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "roofline.json").write_text(json.dumps(document, indent=1) + "\n")
+    picture = roofline_report.draw(options.out / "roofline.png", document)
+    roofline_report.print_rows(console, rows)
+    roofline_report.print_launches(console, steps)
+    roofline_report.print_verdicts(console, verdicts)
+    console.print(f"wrote {options.out / 'roofline.json'}, {picture}")
+    missed = any(verdict["verdict"] == "miss" for verdict in verdicts)
+    return 1 if missed and options.check else 0
+
+
+def targets(case: Case, options: argparse.Namespace) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The NVIDIA and the AMD targets of a case."""
+    if options.full or (case in EVERY_TARGET and not options.quick):
+        return tuple(GPUS), AMD
+    return (90,), AMD[:1]
+
+
+def _one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def describe(options: argparse.Namespace) -> dict:
+    """What stands in the file beside the figures."""
+    import triton
+    from triton import knobs
+
+    from bench import machine
+
+    compilers = {
+        "triton": triton.__version__,
+        "ptxas": knobs.nvidia.ptxas.version,
+        "ptxas_blackwell": knobs.nvidia.ptxas_blackwell.version,
+    }
+    return {
+        "machine": machine.describe_machine(options.jobs),
+        "versions": machine.describe_versions() | compilers,
+        "settings": {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "quick": options.quick,
+            "full": options.full,
+            "only": options.only or "",
+        },
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
