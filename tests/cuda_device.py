@@ -140,11 +140,15 @@ def _entries(arch):
     return found
 
 
-@functools.cache
-def kernel(name, arch=90):
+def ptx(name, arch=90):
     found = [text for full, text in _entries(arch).items() if f"{name}(" in full]
     assert len(found) == 1, (name, list(_entries(arch)))
-    (result,) = ptxsim.parse(found[0]).kernels.values()
+    return found[0]
+
+
+@functools.cache
+def kernel(name, arch=90):
+    (result,) = ptxsim.parse(ptx(name, arch)).kernels.values()
     return result
 
 

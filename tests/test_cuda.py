@@ -6,6 +6,8 @@ either order, so that a missing barrier shows; approximate instructions err as m
 documentation allows.
 """
 
+import re
+
 import pytest
 import torch
 from compiled_cases import (  # noqa: F401
@@ -41,7 +43,7 @@ import gfl_kernels
 from gfl_kernels import dispatch, native
 
 ptxsim = pytest.importorskip("ptxsim", reason="tests/ptxsim needs numpy")
-from cuda_device import SimulatedCuda, plan  # noqa: E402
+from cuda_device import SimulatedCuda, plan, ptx  # noqa: E402
 
 QUALITY = gfl_kernels.quality_focal_loss
 DISTRIBUTION = gfl_kernels.distribution_focal_loss
@@ -235,6 +237,44 @@ def test_memory_traffic():
             forward, _, backward = device.reports
             assert forward.traffic("pred").read_bytes == 40 * 17 * z.element_size()
             assert backward.traffic("grad").written_bytes == z.nbytes
+
+
+# NVIDIA apex's fused focal loss, loss and gradient in one pass: PTX lane instructions per logit, by
+# the same count.
+APEX = {torch.float32: 93, torch.float16: 89}
+
+
+@pytest.mark.parametrize("dtype", APEX)
+def test_instructions(dtype):
+    """At most half of apex's, and so few that an H100 waits for its memory, which moves no more
+    than it has to.
+    """
+    rows = 32768
+    x = logits(rows, 80, extremes=False, dtype=dtype)
+    label, score = sparse_target((rows,), 80)
+    label[torch.rand(rows) > 0.06] = 80  # leaves one row in fifty
+    with SimulatedCuda() as device:
+        device.quality_forward(x, label, score, None, None, 0, 2.0, 1.0, 1, True)
+    report = device.reports[0]
+    assert report.warp_instructions * 32 / x.numel() <= APEX[dtype] / 2
+    assert report.roofline("h100").bound_by == "dram"
+    least = 2 * x.nbytes + label.nbytes + score.nbytes
+    assert report.dram_bytes_read + report.dram_bytes_written <= 1.03 * least
+
+
+@pytest.mark.parametrize("dtype", [0, 2, 3])
+def test_registers(dtype):
+    """64 of them and nothing spilled in what a training step runs: forward and backward."""
+    names = [f"quality_kernel<{dtype}, {variant}>" for variant in (1, 2, 3, 5, 6, 7, 9, 10)]
+    names += [f"distribution_kernel<{dtype}, {bins}>" for bins in (0, 16, 17)]
+    for name in names:
+        try:
+            # Without line numbers: they refer to a table behind the kernels.
+            text = re.sub(r"^\s*\.(loc|file)\b.*\n", "", ptx(name), flags=re.M)
+            (info,) = ptxsim.ptxas_info(text).values()
+        except ptxsim.PtxSimError as error:
+            pytest.skip(f"ptxas and the CUDA binary utilities are needed: {error}")
+        assert info.registers <= 64 and info.spills == 0, (name, info.registers, info.spills)
 
 
 def test_odd_rows_move_in_vectors_too():

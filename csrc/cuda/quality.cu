@@ -42,7 +42,7 @@ GFL_DEVICE void dense_loss_grad(const float (&x)[n], const float (&q)[n],
 // Qualities of a dense target, in pred's dtype or float32.
 template <typename T, int n>
 GFL_DEVICE void load_qualities(const void* target, bool is_float, int64_t at, float (&q)[n]) {
-  if (!is_float) {
+  if (sizeof(T) == 4 || !is_float) {
     const T* const from = static_cast<const T*>(target) + at;
     if (misalignment(from) == 0) {
       const Vector<T> v = load_vector(from);
