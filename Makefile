@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 BUILD_TAG = $(shell $(PY) -c 'import sys; print(sys.implementation.cache_tag)')
 NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt gfl_kernels/_version.py \
   $(wildcard cmake/*) $(wildcard python/*) $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc python tests/cpp -name '*.h' -o -name '*.cpp')
+CXX_FILES := $(shell find csrc python tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help venv demo test test-triton test-asan check-isa bench bench-quick roofline lint format wheel sdist ci clean
 

@@ -2,7 +2,9 @@
 
 Environment:
   GFL_KERNELS_BUILD       auto (default): build what the machine can; none: pure Python;
-                          cpu: build the CPU library or fail; cuda: refused by this version
+                          cpu: build the library without CUDA or fail; cuda: with CUDA or fail
+  GFL_KERNELS_CUDA_ARCHITECTURES
+                          for which GPUs, as CMAKE_CUDA_ARCHITECTURES: 90 or "80-real,90"
   GFL_KERNELS_BUILD_DIR   where CMake builds; default build/native-<python tag> beside this file
   GFL_KERNELS_CMAKE_ARGS  more arguments for CMake, such as -DGFL_SANITIZE=address,undefined
 """
@@ -22,7 +24,6 @@ from setuptools.command.build_py import build_py
 
 SOURCE = Path(__file__).resolve().parent
 MODES = ("auto", "none", "cpu", "cuda")
-NO_CUDA = "this version has no CUDA C++ part"
 # Without isolation pip does not install the build requirements, so the command names them.
 REBUILD = "pip install setuptools pybind11 ninja cmake && pip install --no-build-isolation ."
 
@@ -38,10 +39,6 @@ def build_mode():
     mode = os.environ.get("GFL_KERNELS_BUILD") or "auto"
     if mode not in MODES:
         raise SystemExit(f"GFL_KERNELS_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
-    if mode == "cuda":
-        raise SystemExit(
-            f"GFL_KERNELS_BUILD=cuda cannot be built: {NO_CUDA}; use auto, cpu or none"
-        )
     return mode
 
 
@@ -86,12 +83,16 @@ def forget_tools(build_dir):
         shutil.rmtree(remembered)
 
 
-def build_native(build_dir, prefix):
+def build_native(build_dir, prefix, cuda, why_not=""):
+    """cuda: what CMake's GFL_CUDA is to be; why_not: what the report says if it is off."""
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
     build_dir.mkdir(parents=True, exist_ok=True)
     forget_tools(build_dir)
     configure = [cmake, "-S", str(SOURCE), "-B", str(build_dir), "-G", "Ninja"]
     configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
+    architectures = os.environ.get("GFL_KERNELS_CUDA_ARCHITECTURES", "").replace(",", ";")
+    configure += [f"-DGFL_CUDA={cuda}", f"-DGFL_CUDA_ARCHITECTURES={architectures}"]
+    configure += [f"-DGFL_CUDA_WHY_NOT={why_not}"]
     configure += shlex.split(os.environ.get("GFL_KERNELS_CMAKE_ARGS", ""))
     checked_run("configuration", configure, build_dir)
     checked_run("compilation", [cmake, "--build", str(build_dir)], build_dir)
@@ -129,15 +130,31 @@ class BuildNative(build_ext):
         default_dir = SOURCE / "build" / f"native-{sys.implementation.cache_tag}"
         build_dir = Path(os.environ.get("GFL_KERNELS_BUILD_DIR") or default_dir).resolve()
         try:
-            build_native(build_dir, package)
+            if mode == "auto":
+                self.build_what_can_be(build_dir, package)
+            else:
+                build_native(build_dir, package, "ON" if mode == "cuda" else "OFF")
         except BuildError as error:
-            if mode == "cpu":
+            if mode != "auto":
                 raise SystemExit(
                     f"gfl_kernels: the native library cannot be built: {error}"
                 ) from error
             self.leave_out(package, error)
             return
-        print(f"gfl_kernels: built the CPU library; left out cuda: {NO_CUDA}")
+        left_out = json.loads((package / "_build_report.json").read_text())["left_out"]
+        left_out = "".join(f"; left out {what}: {why}" for what, why in left_out.items())
+        print(f"gfl_kernels: built the native library{left_out}")
+
+    def build_what_can_be(self, build_dir, package):
+        try:
+            build_native(build_dir, package, "AUTO")
+        except BuildError as error:
+            # If it was nvcc that failed, the CPU library can do without.
+            objects = build_dir.glob("CMakeFiles/gfl_native.dir/csrc/cuda")
+            if not error.why.startswith("compilation") or not any(objects):
+                raise
+            why = re.sub(r"[^\w .,:()<>=+/-]", " ", error.why)  # goes through CMake into JSON
+            build_native(build_dir, package, "OFF", why)
 
     def leave_out(self, package, error):
         print(f"gfl_kernels: pure Python only, the native library is left out: {error}")
@@ -146,7 +163,7 @@ class BuildNative(build_ext):
             "why": error.why,
             "hint": error.hint,
             "built_against_torch": None,
-            "left_out": {"cpu": error.why, "cuda": NO_CUDA},
+            "left_out": {"cpu": error.why, "cuda": error.why},
         }
         remove_native(package)
         package.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,11 @@
 # Which instruction sets the kernels are compiled for.
 #
-# Out: GFL_ISAS (baseline first), GFL_ISA_FLAGS_<isa>, GFL_LEFT_OUT (members of a JSON object, for
-# _build_report.json). Each is chosen at run time, so the build machine need not have it; only the compiler
+# Out: GFL_ISAS (baseline first), GFL_ISA_FLAGS_<isa>; members of the list GFL_LEFT_OUT. Each is chosen at run time, so the build machine need not have it; only the compiler
 # must know its flags.
 include(CheckCXXCompilerFlag)
 
 set(GFL_ISAS baseline)
 set(GFL_ISA_FLAGS_baseline "")
-set(GFL_LEFT_OUT "\"cuda\": \"this version has no CUDA C++ part\"")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(GFL_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
   set(GFL_ISA_FLAGS_avx512 ${GFL_ISA_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
@@ -19,7 +17,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
       list(APPEND GFL_ISAS ${isa})
     else()
       set(compiler "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}")
-      string(APPEND GFL_LEFT_OUT ",\n    \"${isa}\": \"${compiler} does not know ${flags}\"")
+      list(APPEND GFL_LEFT_OUT "\"${isa}\": \"${compiler} does not know ${flags}\"")
     endif()
   endforeach()
 endif()

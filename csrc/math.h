@@ -5,13 +5,14 @@
 // Notation: s = sigmoid(x), d = s - q, B = bce(x, q).
 //
 // T has the arithmetic operators and comparisons; select, negative_abs, maximum, shift_exponent,
-// split_mantissa and reciprocal are overloaded for the vector types in cpu/simd.h, before this file
-// is included. Every function has internal linkage: the same template is compiled for several
-// instruction sets, and the linker must not choose one for all.
+// split_mantissa and reciprocal are overloaded for the vector types in cpu/simd.h and for a GPU's
+// scalars in cuda/device.h, before this file is included; so may be any function below that has a
+// cheaper form on a machine. Every function has internal linkage: the same template is compiled for
+// several instruction sets, and the linker must not choose one for all.
 #pragma once
 
 #if defined(__CUDACC__)
-#define GFL_HD static __host__ __device__ __forceinline__
+#define GFL_HD static __device__ __forceinline__
 #elif defined(__GNUC__)
 #define GFL_HD static inline __attribute__((always_inline))
 #else

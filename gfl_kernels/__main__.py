@@ -32,6 +32,8 @@ def report() -> str:
         lines.append(
             f"library     built by {info['compiler']} against torch {info['built_against_torch']}"
         )
+        architectures = info["cuda_architectures"].replace(",", ", ")
+        lines.append(f"cuda        {architectures or 'not built'}")
         lines.append(f"cpu isa     {native.cpu_isa()} of {', '.join(native.available_isas())}")
     lines += ["", "backends:"]
     lines += [f"  {name:<10}{state}" for name, state in backends().items()]

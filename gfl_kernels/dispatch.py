@@ -49,7 +49,7 @@ def _why_not(name: str) -> str | None:
             )
         return reason
     if name == "cuda":
-        return "not part of this version of gfl_kernels"
+        return native.cuda_why_not()
     return _cpu_error if name == "cpu" else None
 
 
@@ -133,7 +133,9 @@ def _obstacle(backend: str, pred: Tensor, *constants: Tensor | None) -> str | No
         reason = _why_not(backend)
         if reason is not None:
             return reason
-        if not _triton_runs_on(pred.device.type):
+        if backend == "cuda" and not pred.is_cuda:
+            return f"it needs CUDA tensors, got {pred.device}"
+        if backend == "triton" and not _triton_runs_on(pred.device.type):
             return f"it needs CUDA tensors (or TRITON_INTERPRET=1), got {pred.device}"
     if pred.dtype not in DTYPES:
         return f"it has no kernels for {pred.dtype}"
@@ -149,7 +151,11 @@ def _obstacle(backend: str, pred: Tensor, *constants: Tensor | None) -> str | No
 
 def _candidate(pred: Tensor) -> str:
     """The backend whose turn it is: the forced one, else the one for pred's device."""
-    return _forced or ("cpu" if pred.is_cpu else "triton" if pred.is_cuda else "reference")
+    if _forced is not None:
+        return _forced
+    if pred.is_cuda:  # the compiled kernels only where Triton is not
+        return "cuda" if _why_not("triton") is not None and _why_not("cuda") is None else "triton"
+    return "cpu" if pred.is_cpu else "reference"
 
 
 def choose(op: str, pred: Tensor, *constants: Tensor | None) -> str:

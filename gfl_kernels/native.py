@@ -46,11 +46,41 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"{_FILE} could not be loaded: {error}"
-    for name in ("gfl_cpu_isa", "gfl_available_isas", "gfl_build_info", "gfl_last_error"):
+    for name in (
+        "gfl_cpu_isa",
+        "gfl_available_isas",
+        "gfl_build_info",
+        "gfl_last_error",
+        "gfl_cuda_obstacle",
+    ):
         getattr(loaded, name).restype = ctypes.c_char_p
     if loaded.gfl_cpu_isa() is None:
         return None, loaded.gfl_last_error().decode()
     return loaded, None
+
+
+@cache
+def cuda_why_not() -> str | None:
+    """Why the CUDA kernels of the library do not serve; None if they do."""
+    loaded, reason = _load()
+    if loaded is None:
+        return reason
+    if not build_info()["cuda_architectures"]:
+        why = (build_report().get("left_out") or {}).get("cuda", "it was not asked for")
+        return (
+            f"{_FILE} was built without CUDA: {why}. "
+            "To build it: GFL_KERNELS_BUILD=cuda pip install --no-build-isolation ."
+        )
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    obstacle = loaded.gfl_cuda_obstacle()
+    if obstacle is not None:
+        return obstacle.decode()
+    if not torch.cuda.is_available():
+        return "it needs a CUDA device, and there is none"
+    if not loaded.gfl_cuda_has_stream():
+        return f"torch {torch.__version__} does not tell its current CUDA stream"
+    return None
 
 
 def build_info() -> dict:

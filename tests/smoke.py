@@ -55,6 +55,12 @@ def main():
     info = _C.build_info()
     if options.built_against and options.built_against not in str(info):
         raise SystemExit(f"the library was not built against torch {options.built_against}: {info}")
+    if info["cuda_architectures"]:
+        # Loaded is what it can be without a GPU: the CUDA implementations are there.
+        for op in ("quality_forward", "distribution_forward", "integral_backward"):
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"gfl_native::{op}", "CUDA"):
+                raise SystemExit(f"the library has not registered {op} for CUDA")
+        print(f"cuda kernels for {info['cuda_architectures']}: {gfl_kernels.backends()['cuda']}")
     torch.manual_seed(0)
     checked = 0
     with gfl_kernels.use_backend("cpu"):

@@ -27,6 +27,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 BACKENDS = {"reference": "cpu", "cpu": "cpu"}
 if INTERPRETED or torch.cuda.is_available():
     BACKENDS["triton"] = "cpu" if INTERPRETED else "cuda"
+if torch.cuda.is_available():
+    BACKENDS["cuda"] = "cuda"
 FUSED = tuple(name for name in BACKENDS if name != "reference")
 
 # The one tolerance table, by the dtype of the value that is compared (a loss of half logits is

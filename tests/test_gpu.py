@@ -1,15 +1,27 @@
-"""What only a GPU can show. Skipped without one; the same kernels run interpreted and simulated."""
+"""What only a GPU can show. Skipped without one, where the same kernels run interpreted (Triton's)
+and simulated (both backends').
+"""
 
 import pytest
 import torch
-from support import bin_target, logits, sparse_target
+from support import bin_target, check_op, lay_out, logits, sparse_target, why_not
 
+import gfl_kernels
 from gfl_kernels import distribution_focal_loss, integral, quality_focal_loss
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA or ROCm device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+
+
+@pytest.fixture(params=["triton", "cuda"], autouse=True)
+def backend(request):
+    reason = why_not(request.param)
+    if reason is not None:
+        pytest.skip(f"backend {request.param!r} is not usable: {reason}")
+    with gfl_kernels.use_backend(request.param):
+        yield request.param
 
 
 def step(x, z, target, position, count):
@@ -20,11 +32,26 @@ def step(x, z, target, position, count):
     return loss.detach(), x.grad, z.grad
 
 
-def inputs():
-    x = logits(3000, 80).cuda().requires_grad_()
-    z = logits(3001, 17).cuda().requires_grad_()
-    target = tuple(part.cuda() for part in sparse_target((3000,), 80))
-    return x, z, target, bin_target((3001,), 17).cuda(), torch.tensor(37.0, device="cuda")
+def inputs(device="cuda", dtype=torch.float32):
+    x = logits(3000, 80, dtype=dtype).to(device).requires_grad_()
+    z = logits(3001, 17, dtype=dtype).to(device).requires_grad_()
+    target = tuple(part.to(device) for part in sparse_target((3000,), 80))
+    position = bin_target((3001,), 17).to(device)
+    return x, z, target, position, torch.tensor(37.0, device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("layout", ["contiguous", "misaligned", "nchw", "width_cropped"])
+def test_values(dtype, layout):
+    laid = lay_out(layout, logits(2, 12, 20, 17, dtype=dtype, device="cuda"))
+    rows = laid.row_shape
+    for beta in (2.0, 1.5):
+        target = sparse_target(rows, 17, device="cuda")
+        check_op("quality", laid.pred, target, beta=beta, class_dim=laid.dim, reduction="none")
+        check_op("quality", laid.pred, target, beta=beta, class_dim=laid.dim, avg_factor=9.0)
+    position = bin_target(rows, 17, device="cuda")
+    check_op("distribution", laid.pred, position, bin_dim=laid.dim, avg_factor=9.0)
+    check_op("integral", laid.pred, bin_dim=laid.dim, scale=17.0)
 
 
 def test_no_host_synchronisation():
@@ -40,13 +67,24 @@ def test_no_host_synchronisation():
 
 def test_cuda_graph():
     arguments = inputs()
-    expected = [part.clone() for part in step(*arguments)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = [part.clone() for part in step(*arguments)]
+    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step(*arguments)
     for _ in range(3):
         graph.replay()
-    for got, want in zip(captured, expected, strict=True):
+        for got, want in zip(captured, expected, strict=True):
+            assert torch.equal(got, want)
+    # New values at the same addresses.
+    with torch.no_grad():
+        arguments[0].neg_()
+    graph.replay()
+    again = [part.clone() for part in captured]
+    for got, want in zip(again, step(*arguments), strict=True):
         assert torch.equal(got, want)
 
 
@@ -61,3 +99,60 @@ def test_streams_do_not_share_a_workspace():
     torch.cuda.synchronize()
     for got, want in zip(results, expected, strict=True):
         assert all(torch.equal(value, want) for value in got)
+
+
+def test_runs_on_the_current_stream():
+    """Work that a side stream has not reached yet is waited for there, not elsewhere."""
+    x, z, target, position, count = inputs()
+    expected = quality_focal_loss(x * 2, target, avg_factor=count)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side), torch.no_grad():
+        torch.cuda._sleep(100_000_000)
+        doubled = x * 2
+        loss = quality_focal_loss(doubled, target, avg_factor=count)
+    side.synchronize()
+    assert torch.equal(loss, expected.detach())
+
+
+def test_second_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is no second CUDA device")
+    expected = step(*inputs("cuda:0"))
+    with torch.cuda.device(0):
+        got = step(*inputs("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(got, expected, strict=True):
+        assert a.device == torch.device("cuda:1")
+        assert torch.equal(a.cpu(), b.cpu())
+
+
+def test_bit_identical_repetition():
+    arguments = inputs(dtype=torch.bfloat16)
+    first = [part.clone() for part in step(*arguments)]
+    for _ in range(10):
+        for got, want in zip(step(*arguments), first, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.slow
+def test_more_than_2_to_31_elements():
+    rows, classes = 2**25 + 3, 66
+    needed = 3 * rows * classes * 2
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"it takes {needed >> 30} GiB of device memory")
+    x = torch.full((rows, classes), -3.0, dtype=torch.bfloat16, device="cuda")
+    x[-1, -1] = 2.0
+    x.requires_grad_()
+    label = torch.full((rows,), classes, device="cuda")
+    label[-1] = classes - 1
+    score = torch.full((rows,), 0.5, device="cuda")
+    loss = quality_focal_loss(x, (label, score), reduction="none")
+    loss.backward(torch.ones_like(loss))
+    tail = x.detach()[-2:].clone().requires_grad_()
+    with gfl_kernels.use_backend("reference"):
+        expected = quality_focal_loss(tail, (label[-2:], score[-2:]), reduction="none")
+        expected.sum().backward()
+    torch.testing.assert_close(loss[-2:], expected, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(x.grad[-2:], tail.grad, rtol=1e-2, atol=1e-3)
+    assert torch.equal(x.grad[0], x.grad[rows // 2])

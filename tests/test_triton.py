@@ -8,18 +8,21 @@ the error its documentation allows.
 
 import pytest
 import torch
-from support import (
-    FLOATS,
-    INTERPRETED,
-    bin_target,
-    check_op,
-    dense_target,
-    explicit_target,
-    lay_out,
-    logits,
-    row_weight,
-    sparse_target,
+from compiled_cases import (  # noqa: F401
+    test_distribution,
+    test_distribution_bins,
+    test_distribution_explicit_weights_and_layouts,
+    test_integral,
+    test_integral_of_given_bins,
+    test_quality_beta,
+    test_quality_dense_with_weights,
+    test_quality_float64,
+    test_quality_layouts,
+    test_quality_odd_classes,
+    test_quality_probabilities,
+    test_quality_sparse,
 )
+from support import INTERPRETED, bin_target, logits, sparse_target
 
 import gfl_kernels
 
@@ -52,95 +55,6 @@ class simulated:
     def __exit__(self, *exception):
         self.backend.__exit__(*exception)
         self.device.deactivate()
-
-
-# Shapes are odd and reach into a second tile; a case is a compilation or two of some seconds.
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_quality_sparse(compiled, dtype, weighted):
-    x = logits(77, 80, dtype=dtype)
-    weight = row_weight((77,)) if weighted else None
-    if weighted:
-        x[weight == 0] = float("nan")  # not read
-    check_op("quality", x, sparse_target((77,), 80), weight=weight, reduction="none")
-    check_op("quality", x, sparse_target((77,), 80), weight=weight, avg_factor=31.0)
-
-
-@pytest.mark.parametrize("classes", [1, 3, 81, 365])
-def test_quality_odd_classes(compiled, classes):
-    x = logits(70, classes)
-    check_op("quality", x, sparse_target((70,), classes), reduction="sum")
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 1.5])
-def test_quality_beta(compiled, beta):
-    x = logits(70, 16)  # one kernel for all
-    check_op("quality", x, sparse_target((70,), 16), beta=beta)
-
-
-@pytest.mark.parametrize("beta", [2.0, 1.5])
-def test_quality_probabilities(compiled, beta):
-    p = torch.sigmoid(logits(70, 16).double()).float()
-    p[3, 4], p[5, 6] = 0.0, 1.0
-    check_op(
-        "quality",
-        p,
-        sparse_target((70,), 16),
-        beta=beta,
-        activated=True,
-        scale=100.0,
-        grad_scale=1e12,
-    )
-
-
-def test_quality_float64(compiled):
-    check_op("quality", logits(70, 16, dtype=torch.float64), sparse_target((70,), 16))
-    check_op("quality", logits(70, 16, dtype=torch.float64), sparse_target((70,), 16), beta=1.5)
-
-
-@pytest.mark.parametrize("layout", ["nchw", "column_slice", "misaligned", "width_cropped"])
-def test_quality_layouts(compiled, layout):
-    laid = lay_out(layout, logits(2, 7, 12, 20))
-    target = sparse_target(laid.row_shape, 20)
-    check_op("quality", laid.pred, target, class_dim=laid.dim, reduction="none", what=layout)
-
-
-def test_quality_dense_with_weights(compiled):
-    laid = lay_out("nchw", logits(2, 5, 7, 20))
-    target = dense_target((2, 5, 7), 20).movedim(-1, 1)
-    weight = row_weight((2, 5, 7, 20)).movedim(-1, 1)
-    check_op("quality", laid.pred, target, weight=weight, class_dim=1)
-    check_op("quality", logits(70, 16), dense_target((70,), 16, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("bins", [17, 16])
-def test_distribution(compiled, dtype, bins):
-    x = logits(131, bins, dtype=dtype)  # 131: three rows are left over from groups of four
-    weight = row_weight((131,))
-    x[weight == 0] = float("nan")
-    check_op("distribution", x, bin_target((131,), bins), weight=weight, avg_factor=7.0)
-
-
-@pytest.mark.parametrize("bins", [2, 8, 33, 80])
-def test_distribution_bins(compiled, bins):
-    check_op("distribution", logits(66, bins), bin_target((66,), bins), reduction="none")
-
-
-def test_distribution_explicit_weights_and_layouts(compiled):
-    for layout in ("nchw", "width_cropped"):
-        laid = lay_out(layout, logits(2, 5, 7, 8))
-        target = explicit_target(laid.row_shape, 8)
-        check_op("distribution", laid.pred, target, bin_dim=laid.dim, what=layout)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_integral(compiled, dtype):
-    check_op("integral", logits(131, 17, dtype=dtype), scale=16.0)
-
-
-def test_integral_of_given_bins(compiled):
-    check_op("integral", logits(50, 8), bins=torch.linspace(-3, 9, 8), scale=9.0)
 
 
 def test_launches_and_memory():

@@ -6,12 +6,10 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <span>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "error.h"
+#include "../error.h"
 #include "gfl_kernels/gfl_kernels.h"
 #include "kernels.h"
 
@@ -32,128 +30,6 @@ constexpr double kEps =
 constexpr int64_t kBlock = 16 * kTile;
 // Elements that are worth a thread: below twice that the call stays on one.
 constexpr int64_t kGrain = 50000;
-
-std::string shape_of(const int64_t* sizes, int n) {
-  std::string text(1, '(');
-  for (int i = 0; i < n; ++i) {
-    if (i) text += ", ";
-    text += std::to_string(sizes[i]);
-  }
-  return text + ")";
-}
-
-[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
-
-int64_t element_bytes(gfl_dtype dtype) {
-  switch (dtype) {
-    case GFL_FLOAT64:
-    case GFL_INT64:
-      return 8;
-    case GFL_FLOAT32:
-    case GFL_INT32:
-      return 4;
-    case GFL_BFLOAT16:
-    case GFL_FLOAT16:
-    case GFL_INT16:
-      return 2;
-    default:
-      return 1;
-  }
-}
-
-bool is_float(gfl_dtype dtype) { return dtype <= GFL_FLOAT16; }
-
-gfl_dtype accumulator(gfl_dtype dtype) { return dtype == GFL_FLOAT64 ? GFL_FLOAT64 : GFL_FLOAT32; }
-
-// The rows of a problem while it is put together: an operand per tensor, dimensions as in pred.
-class Problem {
- public:
-  Problem(const char* op, const gfl_view* pred, const char* columns) : op_(op) {
-    if (!pred) fail(op_ + ": pred is missing");
-    if (pred->ndim < 1) fail(op_ + ": pred must have shape (..., " + columns + "), got ()");
-    if (!is_float(pred->dtype)) fail(op_ + ": pred must be float32, float64, bfloat16 or float16");
-    pred_ = pred;
-    ndim_ = pred->ndim - 1;
-    columns_ = pred->sizes[ndim_];
-    for (int d = 0; d < ndim_; ++d) rows_ *= pred->sizes[d];
-  }
-
-  int64_t rows() const { return rows_; }
-  int64_t columns() const { return columns_; }
-
-  // A value per row, or per row and column, or (scalar) one for all.
-  void add(const char* name, const gfl_view* view, Operand* operand, bool per_column,
-           bool scalar = false) {
-    *operand = Operand{};
-    if (!view) return;
-    if (scalar && view->ndim == 0) {
-      entries_[count_++] = {view, operand, 0};
-    } else {
-      const int dims = ndim_ + per_column;
-      bool same = view->ndim == dims;
-      for (int d = 0; same && d < dims; ++d) same = view->sizes[d] == pred_->sizes[d];
-      if (!same) {
-        fail(op_ + ": " + name + " must have shape " + shape_of(pred_->sizes, dims) + ", got " +
-             shape_of(view->sizes, view->ndim));
-      }
-      entries_[count_++] = {view, operand, ndim_};
-    }
-    operand->data = static_cast<char*>(view->data);
-    operand->dtype = view->dtype;
-    operand->column = per_column && columns_ > 1 ? view->strides[ndim_] : (per_column ? 1 : 0);
-  }
-
-  void need_dtype(const char* name, const gfl_view* view, gfl_dtype dtype) const {
-    if (view && view->dtype != dtype) fail(op_ + ": " + name + " has the wrong dtype");
-  }
-
-  // The gradient is of pred's dtype, a loss and what comes from upstream of the accumulator's.
-  void check_results(const gfl_view* grad, const gfl_view* loss, const gfl_view* grad_loss) const {
-    need_dtype("grad", grad, pred_->dtype);
-    need_dtype("loss", loss, accumulator(pred_->dtype));
-    need_dtype("grad_loss", grad_loss, accumulator(pred_->dtype));
-    if (loss && grad_loss) fail(op_ + ": a loss has no upstream gradient: ask for one of them");
-  }
-
-  // Dimensions of size 1 drop out; neighbours that step together in every operand become one.
-  void merge(int* ndim, int64_t* size) {
-    int n = 0;
-    for (int d = 0; d < ndim_; ++d) {
-      const int64_t extent = pred_->sizes[d];
-      if (extent == 1) continue;
-      bool joins = n > 0;
-      for (const Entry& e : std::span(entries_, count_))
-        joins = joins && e.operand->row[n - 1] == e.stride(d) * extent;
-      if (!joins) {
-        if (n == kMaxDims)
-          fail(op_ + ": more than " + std::to_string(kMaxDims) + " separate row dimensions");
-        size[n++] = 1;
-      }
-      size[n - 1] *= extent;
-      for (const Entry& e : std::span(entries_, count_)) e.operand->row[n - 1] = e.stride(d);
-    }
-    if (n == 0) {
-      size[n++] = 1;
-      for (const Entry& e : std::span(entries_, count_)) e.operand->row[0] = 0;
-    }
-    *ndim = n;
-  }
-
- private:
-  struct Entry {
-    const gfl_view* view;
-    Operand* operand;
-    int dims;  // 0 for a scalar
-    int64_t stride(int d) const { return dims ? view->strides[d] : 0; }
-  };
-
-  std::string op_;
-  const gfl_view* pred_;
-  int ndim_;
-  int64_t columns_ = 0, rows_ = 1;
-  Entry entries_[10];
-  int count_ = 0;
-};
 
 double scale_of(double scale, const gfl_view* avg_factor) {
   if (!avg_factor) return scale;
@@ -269,118 +145,53 @@ const KernelTable& table() {
   return *kernels_;
 }
 
-template <typename F>
-int guarded(F&& f) {
-  try {
-    f();
-    return 0;
-  } catch (const std::exception& error) {
-    last_error = error.what();
-    return 1;
-  }
-}
-
 }  // namespace
 }  // namespace gfl
 
 extern "C" int gfl_quality_cpu(const gfl_quality_args* args) {
   using namespace gfl;
   return guarded([&] {
-    QualityProblem q;
-    Problem problem("gfl_quality_cpu", args->pred, "C");
-    if (!args->target) fail("gfl_quality_cpu: target is missing");
-    q.weight_per_class = args->weight && args->weight->ndim == args->pred->ndim;
-    const bool per_row = args->loss && args->loss->ndim > 0;
-    problem.add("pred", args->pred, &q.pred, true);
-    problem.add("target", args->target, &q.target, !args->score);
-    problem.add("score", args->score, &q.score, false);
-    problem.add("weight", args->weight, &q.weight, q.weight_per_class);
-    problem.add("grad_loss", args->grad_loss, &q.grad_loss, false, true);
-    problem.add("loss", per_row ? args->loss : nullptr, &q.loss, false);
-    problem.add("grad", args->grad, &q.grad, true);
-    problem.check_results(args->grad, args->loss, args->grad_loss);
-    if (problem.columns() < 1) fail("gfl_quality_cpu: pred must have at least one class");
-    problem.merge(&q.ndim, q.size);
-    q.classes = problem.columns();
-    q.probabilities = args->form == GFL_PROBABILITIES;
-    q.beta = args->beta;
+    QualityProblem q = describe("gfl_quality_cpu", *args);
     q.scale = scale_of(args->scale, args->avg_factor);
     using Q = QualityProblem;
     const double sum = run_blocks(table().quality, q, q.classes, &Q::pred, &Q::target, &Q::score,
                                   &Q::weight, &Q::grad_loss, &Q::loss, &Q::grad);
-    if (args->loss && !per_row) write_scalar(args->loss, sum * q.scale);
+    if (args->loss && args->loss->ndim == 0) write_scalar(args->loss, sum * q.scale);
   });
 }
 
 extern "C" int gfl_distribution_cpu(const gfl_distribution_args* args) {
   using namespace gfl;
   return guarded([&] {
-    DistributionProblem d;
-    Problem problem("gfl_distribution_cpu", args->pred, "K");
-    if (!args->target) fail("gfl_distribution_cpu: target is missing");
-    if (!args->weight_left != !args->weight_right) {
-      fail("gfl_distribution_cpu: weight_left and weight_right come together");
-    }
-    const bool per_row = args->loss && args->loss->ndim > 0;
-    problem.add("pred", args->pred, &d.pred, true);
-    problem.add("target", args->target, &d.target, false);
-    problem.add("weight_left", args->weight_left, &d.weight_left, false);
-    problem.add("weight_right", args->weight_right, &d.weight_right, false);
-    problem.add("weight", args->weight, &d.weight, false);
-    problem.add("grad_loss", args->grad_loss, &d.grad_loss, false, true);
-    problem.add("loss", per_row ? args->loss : nullptr, &d.loss, false);
-    problem.add("grad", args->grad, &d.grad, true);
-    problem.check_results(args->grad, args->loss, args->grad_loss);
-    if (problem.columns() < 1) fail("gfl_distribution_cpu: pred must have at least one bin");
-    problem.merge(&d.ndim, d.size);
-    d.bins = problem.columns();
+    DistributionProblem d = describe("gfl_distribution_cpu", *args);
     d.scale = scale_of(args->scale, args->avg_factor);
     using D = DistributionProblem;
     const double sum =
         run_blocks(table().distribution, d, d.bins, &D::pred, &D::target, &D::weight_left,
                    &D::weight_right, &D::weight, &D::grad_loss, &D::loss, &D::grad);
-    if (args->loss && !per_row) write_scalar(args->loss, sum * d.scale);
+    if (args->loss && args->loss->ndim == 0) write_scalar(args->loss, sum * d.scale);
   });
 }
 
 extern "C" int gfl_integral_cpu(const gfl_integral_args* args) {
   using namespace gfl;
   return guarded([&] {
-    DistributionProblem d;
-    Problem problem("gfl_integral_cpu", args->pred, "K");
-    const gfl_dtype dtype = accumulator(args->pred->dtype);
-    problem.add("pred", args->pred, &d.pred, true);
-    problem.add("grad_out", args->grad_out, &d.grad_loss, false);
-    problem.add("out", args->out, &d.loss, false);
-    problem.add("grad", args->grad, &d.grad, true);
-    problem.need_dtype("grad", args->grad, args->pred->dtype);
-    problem.need_dtype("out", args->out, dtype);
-    problem.need_dtype("grad_out", args->grad_out, dtype);
-    if (args->grad && !args->grad_out) fail("gfl_integral_cpu: grad needs grad_out");
-    if (problem.columns() < 1) fail("gfl_integral_cpu: pred must have at least one bin");
-    problem.merge(&d.ndim, d.size);
-    d.bins = problem.columns();
-    d.scale = 1;
-
+    DistributionProblem d = describe("gfl_integral_cpu", *args);
     // The kernels want the bins' values packed and in the type they compute in.
+    const bool wide = d.pred.dtype == GFL_FLOAT64;
     std::vector<double> values(d.bins);
-    if (const gfl_view* const bins = args->bins) {
-      if (bins->ndim != 1 || bins->sizes[0] != d.bins) {
-        fail("gfl_integral_cpu: bins must have shape (" + std::to_string(d.bins) + "), got " +
-             shape_of(bins->sizes, bins->ndim));
-      }
-      if (bins->dtype != dtype) fail("gfl_integral_cpu: bins must have the dtype of the result");
-      for (int64_t k = 0; k < d.bins; ++k) {
+    for (int64_t k = 0; k < d.bins; ++k) {
+      if (const gfl_view* const bins = args->bins) {
         const int64_t at = k * bins->strides[0];
-        values[k] = dtype == GFL_FLOAT64 ? static_cast<const double*>(bins->data)[at]
-                                         : static_cast<const float*>(bins->data)[at];
+        values[k] = wide ? static_cast<const double*>(bins->data)[at]
+                         : static_cast<const float*>(bins->data)[at];
+      } else {
+        values[k] = static_cast<double>(k);
       }
-    } else {
-      for (int64_t k = 0; k < d.bins; ++k) values[k] = static_cast<double>(k);
     }
     std::vector<float> floats(values.begin(), values.end());
-    d.values.data = dtype == GFL_FLOAT64 ? reinterpret_cast<char*>(values.data())
-                                         : reinterpret_cast<char*>(floats.data());
+    d.values.data =
+        wide ? reinterpret_cast<char*>(values.data()) : reinterpret_cast<char*>(floats.data());
     using D = DistributionProblem;
     run_blocks(table().distribution, d, d.bins, &D::pred, &D::grad_loss, &D::loss, &D::grad);
   });
@@ -401,6 +212,6 @@ extern "C" const char* gfl_build_info(void) {
 #if defined(GFL_HAVE_AVX512)
       ",avx512" +
 #endif
-      "\"}";
+      "\", \"cuda_architectures\": \"" GFL_CUDA_BUILT_FOR "\"}";
   return info.c_str();
 }

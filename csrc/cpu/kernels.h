@@ -4,42 +4,9 @@
 
 #include <cstdint>
 
-#include "gfl_kernels/gfl_kernels.h"
+#include "../problem.h"
 
 namespace gfl {
-
-constexpr int kMaxDims = 8;  // of the rows, after dimensions that step together have been merged
-
-// One tensor of a problem. Strides in elements; row[d] along the d-th row dimension, column along
-// classes or bins.
-struct Operand {
-  char* data = nullptr;  // null: absent
-  gfl_dtype dtype = GFL_FLOAT32;
-  int64_t row[kMaxDims] = {};
-  int64_t column = 0;
-};
-
-// A block of rows is a run along the innermost row dimension; its operands are offset to the run's
-// outer index.
-struct QualityProblem {
-  int ndim;
-  int64_t size[kMaxDims];
-  int64_t classes;
-  Operand pred, target, score, weight, grad_loss, loss, grad;
-  bool weight_per_class;
-  bool probabilities;
-  double beta;
-  double scale;
-};
-
-struct DistributionProblem {
-  int ndim;
-  int64_t size[kMaxDims];
-  int64_t bins;
-  Operand pred, target, weight_left, weight_right, weight, grad_loss, loss, grad;
-  Operand values;  // [K], of the accumulation type; present: the integral, else the loss
-  double scale;
-};
 
 // Rows [begin, begin + count) of the innermost dimension, the operands' data already moved to the
 // outer index. Returns the sum of the weighted row losses, not scaled. scratch:

@@ -2,7 +2,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "error.h"
+#include "../error.h"
 #include "kernels.h"
 
 namespace gfl {

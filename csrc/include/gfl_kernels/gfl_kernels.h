@@ -1,4 +1,4 @@
-/* gfl_kernels for C and C++: the CPU kernels on strided views, without Python and without a tensor
+/* gfl_kernels for C and C++: the kernels on strided views, without Python and without a tensor
  * class.
  *
  * A view describes memory that the caller owns. Sizes and strides are in elements and follow
@@ -7,8 +7,12 @@
  *   gfl_view{t.data_ptr(), GFL_FLOAT32, (int32_t)t.dim(), t.sizes().data(), t.strides().data()}
  *
  * Functions return 0, or a nonzero value with the reason in gfl_last_error() (per thread).
- * Arguments are checked for what memory safety needs: dtypes, sizes, null pointers. They run on
- * libtorch's thread pool.
+ * Arguments are checked for what memory safety needs: dtypes, sizes, null pointers.
+ *
+ * gfl_*_cpu run on libtorch's thread pool. gfl_*_cuda take views of device memory, launch on the
+ * current device and on `stream` (a cudaStream_t), and return without waiting. A loss that is a sum
+ * over rows needs GFL_CUDA_WORKSPACE_BYTES of device memory that no other call uses until the
+ * stream is done with this one. A library built without CUDA refuses them.
  */
 #ifndef GFL_KERNELS_H_
 #define GFL_KERNELS_H_
@@ -67,7 +71,10 @@ typedef struct {
   double scale;
 } gfl_quality_args;
 
+#define GFL_CUDA_WORKSPACE_BYTES 32768
+
 GFL_API int gfl_quality_cpu(const gfl_quality_args* args);
+GFL_API int gfl_quality_cuda(const gfl_quality_args* args, void* workspace, void* stream);
 
 /* Distribution Focal Loss: L = (wl + wr) lse(z) - wl z_l - wr z_r, with l = floor(t), wl = l + 1 -
  * t, wr = t - l and t clamped into [0, K - 1]; or with explicit l, wl, wr. */
@@ -85,6 +92,7 @@ typedef struct {
 } gfl_distribution_args;
 
 GFL_API int gfl_distribution_cpu(const gfl_distribution_args* args);
+GFL_API int gfl_distribution_cuda(const gfl_distribution_args* args, void* workspace, void* stream);
 
 /* Integral: E = sum_k y_k softmax(z)_k, y = 0, 1, ... without bins. */
 typedef struct {
@@ -96,6 +104,7 @@ typedef struct {
 } gfl_integral_args;
 
 GFL_API int gfl_integral_cpu(const gfl_integral_args* args);
+GFL_API int gfl_integral_cuda(const gfl_integral_args* args, void* stream);
 
 GFL_API const char* gfl_last_error(void);
 
@@ -108,6 +117,9 @@ GFL_API const char* gfl_build_info(void);
 GFL_API const char* gfl_cpu_isa(void);
 /* What GFL_CPU_ISA may name here, comma separated. */
 GFL_API const char* gfl_available_isas(void);
+/* Why gfl_*_cuda cannot run: built without CUDA, no driver or one that is too old. NULL if nothing
+ * is known to be in the way. Initialises no device. */
+GFL_API const char* gfl_cuda_obstacle(void);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,21 @@
+// The C functions gfl_*_cuda of a library without CUDA.
+#include "../error.h"
+#include "gfl_kernels/gfl_kernels.h"
+
+namespace {
+
+const char kAbsent[] = "the library was built without CUDA";
+
+int refuse() {
+  return gfl::guarded([] { gfl::fail(kAbsent); });
+}
+
+}  // namespace
+
+extern "C" {
+
+int gfl_quality_cuda(const gfl_quality_args*, void*, void*) { return refuse(); }
+int gfl_distribution_cuda(const gfl_distribution_args*, void*, void*) { return refuse(); }
+int gfl_integral_cuda(const gfl_integral_args*, void*) { return refuse(); }
+const char* gfl_cuda_obstacle(void) { return kAbsent; }
+}

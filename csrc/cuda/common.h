@@ -1,0 +1,197 @@
+// What the kernels share: elements, vectors, rows, sums. Device code, internal linkage.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+// clang-format off: math.h is written in the primitives that device.h declares
+#include "device.h"
+#include "shapes.h"
+#include "../math.h"
+// clang-format on
+
+namespace gfl {
+
+constexpr double kEps = 1.1920928955078125e-07;  // eps(float32), which mmdetection adds
+
+// Elements
+
+template <int kDtype>
+struct Element;
+template <>
+struct Element<GFL_FLOAT32> {
+  using type = float;
+  using acc = float;
+};
+template <>
+struct Element<GFL_FLOAT64> {
+  using type = double;
+  using acc = double;
+};
+template <>
+struct Element<GFL_BFLOAT16> {
+  using type = __nv_bfloat16;
+  using acc = float;
+};
+template <>
+struct Element<GFL_FLOAT16> {
+  using type = __half;
+  using acc = float;
+};
+
+GFL_DEVICE float widen(float x) { return x; }
+GFL_DEVICE double widen(double x) { return x; }
+GFL_DEVICE float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+GFL_DEVICE float widen(__half x) { return __half2float(x); }
+
+GFL_DEVICE void narrow(float value, float* to) { *to = value; }
+GFL_DEVICE void narrow(double value, double* to) { *to = value; }
+GFL_DEVICE void narrow(float value, __nv_bfloat16* to) { *to = __float2bfloat16_rn(value); }
+GFL_DEVICE void narrow(float value, __half* to) { *to = __float2half_rn(value); }
+
+// 16 bytes of elements; what a thread loads or stores at once.
+template <typename T>
+struct alignas(16) Vector {
+  static constexpr int kSize = 16 / sizeof(T);
+  T of[kSize];
+};
+template <typename T>
+GFL_DEVICE Vector<T> load_vector(const T* from) {
+  Vector<T> v;
+  *reinterpret_cast<uint4*>(&v) = *reinterpret_cast<const uint4*>(from);
+  return v;
+}
+template <typename T>
+GFL_DEVICE void store_vector(T* to, const Vector<T>& v) {
+  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&v);
+}
+GFL_DEVICE unsigned misalignment(const void* p) { return reinterpret_cast<uintptr_t>(p) & 15; }
+
+// A value of any dtype.
+template <typename A>
+GFL_DEVICE A load_value(const void* from, int dtype, int64_t at) {
+  switch (dtype) {
+    case GFL_FLOAT32:
+      return static_cast<A>(static_cast<const float*>(from)[at]);
+    case GFL_FLOAT64:
+      return static_cast<A>(static_cast<const double*>(from)[at]);
+    case GFL_BFLOAT16:
+      return static_cast<A>(widen(static_cast<const __nv_bfloat16*>(from)[at]));
+    case GFL_FLOAT16:
+      return static_cast<A>(widen(static_cast<const __half*>(from)[at]));
+    case GFL_INT64:
+      return static_cast<A>(static_cast<const int64_t*>(from)[at]);
+    case GFL_INT32:
+      return static_cast<A>(static_cast<const int32_t*>(from)[at]);
+    case GFL_INT16:
+      return static_cast<A>(static_cast<const int16_t*>(from)[at]);
+    case GFL_INT8:
+      return static_cast<A>(static_cast<const int8_t*>(from)[at]);
+    default:  // uint8, bool
+      return static_cast<A>(static_cast<const uint8_t*>(from)[at]);
+  }
+}
+
+// A label as a class, -1 for whatever is none in [0, classes): -1, 255, NaN, 1.5.
+GFL_DEVICE int class_of(const void* labels, int dtype, int64_t at, int classes) {
+  if (dtype == GFL_INT64) {
+    const int64_t label = static_cast<const int64_t*>(labels)[at];
+    return label >= 0 && label < classes ? static_cast<int>(label) : -1;
+  }
+  if (dtype <= GFL_FLOAT16) {
+    const float label = load_value<float>(labels, dtype, at);
+    if (!(label >= 0 && label < classes)) return -1;
+    const int index = static_cast<int>(label);
+    return static_cast<float>(index) == label ? index : -1;
+  }
+  const int label = load_value<int>(labels, dtype, at);
+  return label >= 0 && label < classes ? label : -1;
+}
+
+// Rows
+
+// A row's place along the three innermost dimensions; the others have size 1.
+struct RowIndex {
+  int64_t outer, middle, inner;
+  bool single;  // one run: inner is all there is
+
+  GFL_MEMBER int64_t offset(const Steps& steps) const {
+    int64_t at = inner * steps.row[kInner];
+    if (!single) at += outer * steps.row[kInner - 2] + middle * steps.row[kInner - 1];
+    return at;
+  }
+};
+// n / d of numbers below 2^31: plan.cpp sends what has more to the general kernels. A 64-bit
+// division is a function call.
+GFL_DEVICE int64_t divide(int64_t n, int64_t d) {
+  return static_cast<uint32_t>(n) / static_cast<uint32_t>(d);
+}
+GFL_DEVICE RowIndex run_at(const RowShape& rows, int64_t run, int64_t inner) {
+  if (rows.ndim == 1) return RowIndex{0, 0, inner, true};
+  const int64_t outer = divide(run, rows.size[kInner - 1]);
+  return RowIndex{outer, run - outer * rows.size[kInner - 1], inner, false};
+}
+GFL_DEVICE RowIndex row_at(const RowShape& rows, int64_t row) {
+  if (rows.ndim == 1) return RowIndex{0, 0, row, true};
+  const int64_t run = divide(row, rows.size[kInner]);
+  return run_at(rows, run, row - run * rows.size[kInner]);
+}
+
+// The same along any number of dimensions.
+template <int n>
+GFL_DEVICE void locate(const RowShape& rows, int64_t row, const Steps* const (&steps)[n],
+                       int64_t (&offsets)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) offsets[i] = 0;
+  for (int d = kInner; d > kInner - rows.ndim; --d) {
+    const int64_t rest = d == 0 ? 0 : row / rows.size[d];
+    const int64_t digit = row - rest * rows.size[d];
+#pragma unroll
+    for (int i = 0; i < n; ++i) offsets[i] += digit * steps[i]->row[d];
+    row = rest;
+  }
+}
+
+// scale / (avg_factor + eps)
+template <typename A>
+GFL_DEVICE A scale_factor(const Scale& s, const void* avg_factor) {
+  const A scale = static_cast<A>(s.scale);
+  if (avg_factor == nullptr) return scale;
+  return scale / (load_value<A>(avg_factor, s.avg_dtype, 0) + static_cast<A>(kEps));
+}
+
+// The larger of two numbers; the other one if one is NaN.
+GFL_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+GFL_DEVICE double larger(double a, double b) { return fmax(a, b); }
+
+// Sums, in an order that does not depend on timing
+
+// Of the `lanes` neighbours (a power of two) that a thread belongs to. The whole warp takes part.
+template <typename A>
+GFL_DEVICE A sum_lanes(A value, int lanes) {
+  for (int o = lanes >> 1; o > 0; o >>= 1) value += __shfl_xor_sync(~0u, value, o);
+  return value;
+}
+template <typename A>
+GFL_DEVICE A max_lanes(A value, int lanes) {
+  for (int o = lanes >> 1; o > 0; o >>= 1) {
+    value = larger(__shfl_xor_sync(~0u, value, o), value);
+  }
+  return value;
+}
+
+// The block's sum to partials[blockIdx.x].
+template <int kThreads>
+GFL_DEVICE void leave_sum(double value, double* partials) {
+  __shared__ double sums[kThreads / 32];
+  value = sum_lanes(value, 32);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double total = sums[0];
+    for (int w = 1; w < kThreads / 32; ++w) total += sums[w];
+    partials[blockIdx.x] = total;
+  }
+}
+
+}  // namespace gfl

@@ -1,0 +1,98 @@
+// The primitives math.h is written in, on scalars of a GPU thread; included before it, by .cu files
+// alone.
+//
+// With GFL_APPROXIMATE the float overloads at the end take the place of math.h's own exponential
+// and log1p_unit: instructions in which a GPU has hardware, or a term less. Where an error is
+// multiplied by something large (beta < 1) a file leaves them out.
+#pragma once
+
+#include <cstdint>
+
+#define GFL_DEVICE static __device__ __forceinline__
+#define GFL_MEMBER __device__ __forceinline__
+
+namespace gfl {
+
+template <typename T>
+struct ScalarOf {
+  using type = T;
+};
+template <typename T>
+using scalar_t = typename ScalarOf<T>::type;
+
+template <typename S>
+__device__ constexpr S smallest() {
+  return sizeof(S) == 4 ? S(1.1754943508222875e-38f) : S(2.2250738585072014e-308);
+}
+
+template <typename T>
+GFL_DEVICE T broadcast(scalar_t<T> value) {
+  return value;
+}
+GFL_DEVICE float select(bool mask, float yes, float no) { return mask ? yes : no; }
+GFL_DEVICE double select(bool mask, double yes, double no) { return mask ? yes : no; }
+
+// The larger of the two; b if either is NaN.
+GFL_DEVICE float maximum(float a, float b) { return a > b ? a : b; }
+GFL_DEVICE double maximum(double a, double b) { return a > b ? a : b; }
+GFL_DEVICE float negative_abs(float x) { return -fabsf(x); }
+GFL_DEVICE double negative_abs(double x) { return -fabs(x); }
+
+// 2^n for t = n + bias + 1.5 * 2^(mantissa bits), where n + bias stands in the low bits.
+GFL_DEVICE float shift_exponent(float t) { return __int_as_float(__float_as_int(t) << 23); }
+GFL_DEVICE double shift_exponent(double t) {
+  return __longlong_as_double(__double_as_longlong(t) << 52);
+}
+
+// v = 2^n m with m in [sqrt(1/2), sqrt(2)), for normal v > 0. NaN has NaN as its m.
+GFL_DEVICE float split_mantissa(float v, float* n) {
+  const int exponent = (__float_as_int(v) - 0x3f3504f3) >> 23;
+  *n = static_cast<float>(exponent);
+  return v == v ? __int_as_float(__float_as_int(v) - (exponent << 23)) : v;
+}
+GFL_DEVICE double split_mantissa(double v, double* n) {
+  const int64_t exponent = (__double_as_longlong(v) - 0x3fe6a09e667f3bcd) >> 52;
+  *n = static_cast<double>(exponent);
+  return v == v ? __longlong_as_double(__double_as_longlong(v) - (exponent << 52)) : v;
+}
+GFL_DEVICE float floor_small(float t) { return floorf(t); }
+GFL_DEVICE double floor_small(double t) { return floor(t); }
+GFL_DEVICE double reciprocal(double x) { return 1 / x; }
+
+#if defined(GFL_APPROXIMATE)
+
+// 1 / x.  Valid: normal x below 2^126, NaN.  Max error: 1 ulp.
+GFL_DEVICE float reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+// exp(x).  Valid: x <= 88, -inf and NaN included.  Max relative error: 2^-22 + 6e-8 |x|, because
+// x log2(e) is rounded before 2^x.  0 below the smallest normal number.
+GFL_DEVICE float exponential(float x) {
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * 1.4426950408889634f));
+  return e;
+}
+
+// log(1 + e).  Valid: e in [0, 1], NaN.  Max relative error: 3.4e-7.  Not lg2.approx, which is good
+// to 2^-22 absolute near 1.
+GFL_DEVICE float log1p_unit(float e) {
+  float p = e * -0.008539197801925138f + 0.04408959149373808f;
+  p = p * e - 0.10768165299070905f;
+  p = p * e + 0.17745236940510242f;
+  p = p * e - 0.2449546105570622f;
+  p = p * e + 0.3327547943749218f;
+  p = p * e - 0.4999740537328888f;
+  p = p * e + 0.9999998056682943f;
+  return p * e;
+}
+
+#else
+
+GFL_DEVICE float reciprocal(float x) { return 1 / x; }
+
+#endif
+
+}  // namespace gfl

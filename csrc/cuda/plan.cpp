@@ -1,0 +1,340 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <type_traits>
+
+#include "../error.h"
+
+namespace gfl {
+namespace {
+
+// 64-bit divisions are slow on a GPU: the kernels for common layouts divide numbers below this.
+constexpr int64_t kSmall = std::numeric_limits<int32_t>::max();
+// Of shared memory, by which tiles of rows are cut: a dozen of them fit into a multiprocessor.
+constexpr int64_t kTileBytes = 18 * 1024, kSharedBytes = 48 * 1024;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int vector_size(gfl_dtype dtype) { return static_cast<int>(16 / element_bytes(dtype)); }
+
+bool aligned(const Operand& operand) { return reinterpret_cast<uintptr_t>(operand.data) % 16 == 0; }
+
+Steps steps_of(const Operand& operand, int ndim) {
+  Steps steps{};
+  for (int d = 0; d < ndim; ++d) steps.row[kMaxDims - ndim + d] = operand.row[d];
+  steps.column = operand.column;
+  steps.dtype = operand.dtype;
+  return steps;
+}
+
+RowShape rows_of(int ndim, const int64_t* size) {
+  RowShape rows{};
+  rows.ndim = ndim;
+  rows.count = 1;
+  std::fill_n(rows.size, kMaxDims, 1);
+  for (int d = 0; d < ndim; ++d) {
+    rows.size[kMaxDims - ndim + d] = size[d];
+    rows.count *= size[d];
+  }
+  return rows;
+}
+
+// Rows along at most three dimensions, few enough to divide their numbers fast.
+bool simple(const RowShape& rows) {
+  return rows.ndim == 1 || (rows.ndim <= 3 && rows.count <= kSmall);
+}
+
+// Whether `vector` neighbouring rows are aligned wherever they begin at a multiple of it.
+bool rows_aligned(const Operand& operand, const Steps& steps, int64_t vector) {
+  return aligned(operand) && steps.column % vector == 0 && steps.row[kInner - 1] % vector == 0 &&
+         steps.row[kInner - 2] % vector == 0;
+}
+
+// The most threads to a row of n equal parts, a power of two up to 32, that leave at most a tenth
+// of themselves idle beyond what fewer threads would.
+int lanes_for(int64_t n) {
+  int64_t least = std::numeric_limits<int64_t>::max();
+  int best = 1;
+  for (int lanes = 1; lanes <= 32; lanes *= 2) {
+    const int64_t padded = ceil_div(n, lanes) * lanes;
+    least = std::min(least, padded);
+    if (padded * 10 <= least * 11) best = lanes;
+  }
+  return best;
+}
+
+Scale scale_of(const char* name, double scale, const gfl_view* avg_factor) {
+  if (!avg_factor) return {scale, GFL_FLOAT32};
+  int64_t count = 1;
+  for (int d = 0; d < avg_factor->ndim; ++d) count *= avg_factor->sizes[d];
+  if (count != 1) {
+    fail(std::string(name) + ": avg_factor must have one element, got " + std::to_string(count));
+  }
+  return {scale, avg_factor->dtype};
+}
+
+template <typename T>
+void add_argument(Launch* launch, const T& value) {
+  Launch::Argument& argument = launch->arguments[launch->count];
+  argument = {0, sizeof(T), std::is_pointer_v<T>};
+  if (launch->count > 0) {
+    const Launch::Argument& last = launch->arguments[launch->count - 1];
+    argument.offset = (last.offset + last.size + 7) / 8 * 8;
+  }
+  static_assert(sizeof(T) + 16 * 8 <= sizeof launch->bytes);
+  std::memcpy(launch->bytes + argument.offset, &value, sizeof value);
+  ++launch->count;
+}
+
+void set_kernel(Launch* launch, KernelFamily family, int dtype, int variant = -1) {
+  static const char* const names[] = {"quality_kernel", "quality_general_kernel",
+                                      "distribution_kernel", "distribution_general_kernel",
+                                      "finish_kernel"};
+  launch->family = family;
+  launch->dtype = dtype;
+  launch->variant = variant;
+  if (variant < 0) {
+    std::snprintf(launch->name, sizeof launch->name, "%s<%d>", names[family], dtype);
+  } else {
+    std::snprintf(launch->name, sizeof launch->name, "%s<%d, %d>", names[family], dtype, variant);
+  }
+}
+
+void set_grid(Launch* launch, int64_t blocks, int block) {
+  launch->grid = static_cast<int32_t>(std::clamp<int64_t>(blocks, 1, kMaxBlocks));
+  launch->block = block;
+}
+
+const void* data_of(const gfl_view* view) { return view ? view->data : nullptr; }
+
+void check_workspace(const char* name, const double* workspace) {
+  if (!workspace) fail(std::string(name) + ": a loss that is a sum needs a workspace");
+}
+
+// The launch that adds up what the blocks of the first have left.
+void add_finish(Plan* plan, const double* partials, const gfl_view* loss,
+                const gfl_view* avg_factor, const Scale& scale) {
+  Launch* const launch = &plan->launches[plan->count++];
+  set_kernel(launch, kFinishKernel, loss->dtype);
+  launch->grid = 1;
+  launch->block = kFinishThreads;
+  add_argument(launch, partials);
+  add_argument(launch, plan->launches[0].grid);
+  add_argument(launch, data_of(avg_factor));
+  add_argument(launch, loss->data);
+  add_argument(launch, scale);
+}
+
+bool is_sum(const gfl_view* loss) { return loss && loss->ndim == 0; }
+
+// How a matrix lies, if quality_kernel knows it: 0 for rows, kPlanes, or -1.
+int quality_layout(const Operand& operand, const Steps& steps, int64_t classes) {
+  if (steps.row[kInner] == 1 && (classes == 1 || operand.column != 1)) return kPlanes;
+  return operand.column == 1 ? 0 : -1;
+}
+
+void plan_quality(const QualityProblem& q, bool sum, QualityShape* s, Launch* launch) {
+  const bool dense = !q.score.data, has_loss = sum || q.loss.data;
+  const int64_t vector = vector_size(q.pred.dtype);
+  const int layout = quality_layout(q.pred, s->pred, q.classes);
+  const bool same = !q.grad.data || quality_layout(q.grad, s->grad, q.classes) == layout;
+  const bool target_fits =
+      !dense || (quality_layout(q.target, s->target, q.classes) == layout &&
+                 (q.target.dtype == q.pred.dtype || q.target.dtype == GFL_FLOAT32));
+  if (layout < 0 || !same || !target_fits || q.pred.dtype == GFL_FLOAT64 || q.probabilities ||
+      q.beta != 2 || q.weight_per_class || !simple(s->rows) || q.classes > kSmall / 2) {
+    set_kernel(launch, kQualityGeneralKernel, q.pred.dtype);
+    s->lanes = q.pred.column == 1 ? lanes_for(q.classes) : 1;
+    set_grid(launch, ceil_div(s->rows.count, kQualityThreads / s->lanes), kQualityThreads);
+    return;
+  }
+  const int variant =
+      (has_loss ? kLoss : 0) | (q.grad.data ? kGrad : 0) | (dense ? kDense : 0) | layout;
+  set_kernel(launch, kQualityKernel, q.pred.dtype, variant);
+  s->target_is_float = q.target.dtype == GFL_FLOAT32 && q.pred.dtype != GFL_FLOAT32;
+  if (layout == kPlanes) {
+    if (q.classes == 1) s->pred.column = s->grad.column = s->target.column = 0;
+    s->wide = rows_aligned(q.pred, s->pred, vector) &&
+              (!q.grad.data || rows_aligned(q.grad, s->grad, vector));
+    s->tiles_per_run = ceil_div(s->rows.size[kInner], 32 * vector);
+    s->tiles = s->rows.count / s->rows.size[kInner] * s->tiles_per_run;
+    set_grid(launch, s->tiles, kQualityThreads);
+  } else {
+    s->lanes = lanes_for(ceil_div(q.classes, vector));
+    set_grid(launch, ceil_div(s->rows.count, kQualityThreads / s->lanes), kQualityThreads);
+  }
+}
+
+int stage_mode(const Operand& operand, const Steps& steps, const RowShape& rows, int64_t bins) {
+  if (operand.column == 1) {
+    return rows.ndim == 1 && steps.row[kInner] == bins ? kPacked : kRows;
+  }
+  return steps.row[kInner] == 1 ? kBinPlanes : -1;
+}
+
+void plan_distribution(const DistributionProblem& d, DistributionShape* s, Launch* launch) {
+  const int64_t bytes = element_bytes(accumulator(d.pred.dtype));
+  const int64_t vector = vector_size(d.pred.dtype), row_step = d.bins | 1;
+  s->pred_mode = stage_mode(d.pred, s->pred, s->rows, d.bins);
+  s->grad_mode = d.grad.data ? stage_mode(d.grad, s->grad, s->rows, d.bins) : s->pred_mode;
+  int64_t tile_rows = kDistributionThreads;
+  while (tile_rows > kDistributionThreads / 32 &&
+         (tile_rows * row_step * bytes > kTileBytes ||
+          (s->rows.ndim > 1 && tile_rows >= 2 * s->rows.size[kInner]))) {
+    tile_rows /= 2;
+  }
+  if (s->pred_mode < 0 || s->grad_mode < 0 || d.bins < 2 || !simple(s->rows) ||
+      tile_rows * (row_step + 2) * bytes > kSharedBytes - 1024) {
+    set_kernel(launch, kDistributionGeneralKernel, d.pred.dtype);
+    s->lanes = d.pred.column == 1 ? lanes_for(d.bins) : 1;
+    set_grid(launch, ceil_div(s->rows.count, kDistributionThreads / s->lanes),
+             kDistributionThreads);
+    return;
+  }
+  const bool whole = (d.bins == 16 || d.bins == 17) && tile_rows == kDistributionThreads &&
+                     d.pred.dtype != GFL_FLOAT64;
+  set_kernel(launch, kDistributionKernel, d.pred.dtype, whole ? static_cast<int>(d.bins) : 0);
+  s->tile_rows = static_cast<int32_t>(tile_rows);
+  s->lanes = kDistributionThreads / s->tile_rows;
+  s->tiles_per_run = ceil_div(s->rows.size[kInner], tile_rows);
+  s->tiles = s->rows.count / s->rows.size[kInner] * s->tiles_per_run;
+  s->pred_wide = tile_rows % vector == 0 && rows_aligned(d.pred, s->pred, vector);
+  s->grad_wide = tile_rows % vector == 0 && rows_aligned(d.grad, s->grad, vector);
+  // Strides in shared memory that are odd where threads walk along them: no bank conflicts.
+  int64_t elements;
+  if (s->pred_mode == kBinPlanes) {
+    s->row_step = 1;
+    s->bin_step = s->tile_rows + (s->lanes > 1);
+    elements = d.bins * s->bin_step;
+  } else {
+    s->row_step = static_cast<int32_t>(row_step);
+    s->bin_step = 1;
+    elements = tile_rows * row_step;
+  }
+  s->weights_at = static_cast<int32_t>(elements);
+  s->slots = static_cast<int32_t>(ceil_div(d.bins + vector - 1, vector));
+  // n / d = n * magic >> 32 for n < 2^16 and d < 2^16.
+  const auto magic = [](int64_t n) {
+    return static_cast<uint32_t>(((int64_t{1} << 32) - 1) / n + 1);
+  };
+  s->bins_magic = magic(d.bins);
+  s->slots_magic = magic(std::max(2, s->slots));
+  launch->shared_bytes = static_cast<int32_t>((elements + (d.weight.data ? tile_rows : 0)) * bytes);
+  set_grid(launch, s->tiles, kDistributionThreads);
+}
+
+template <typename T>
+const T* typed(const char* data) {
+  return reinterpret_cast<const T*>(data);
+}
+
+void add_distribution(const DistributionProblem& d, const Scale& scale, const void* avg_factor,
+                      double* partials, Plan* plan) {
+  DistributionShape s{};
+  s.rows = rows_of(d.ndim, d.size);
+  s.bins = d.bins;
+  s.scale = scale;
+  s.pred = steps_of(d.pred, d.ndim);
+  s.target = steps_of(d.target, d.ndim);
+  s.weight_left = steps_of(d.weight_left, d.ndim);
+  s.weight_right = steps_of(d.weight_right, d.ndim);
+  s.weight = steps_of(d.weight, d.ndim);
+  s.upstream = steps_of(d.grad_loss, d.ndim);
+  s.values = steps_of(d.values, 0);
+  s.loss = steps_of(d.loss, d.ndim);
+  s.grad = steps_of(d.grad, d.ndim);
+  Launch* const launch = &plan->launches[plan->count++];
+  plan_distribution(d, &s, launch);
+  for (const Operand* operand :
+       {&d.pred, &d.target, &d.weight_left, &d.weight_right, &d.weight, &d.grad_loss}) {
+    add_argument(launch, static_cast<const void*>(operand->data));
+  }
+  add_argument(launch, avg_factor);
+  add_argument(launch, static_cast<const void*>(d.values.data));
+  add_argument(launch, static_cast<void*>(d.loss.data));
+  add_argument(launch, partials);
+  add_argument(launch, static_cast<void*>(d.grad.data));
+  add_argument(launch, s);
+}
+
+}  // namespace
+
+void plan(const char* name, const gfl_quality_args& args, double* workspace, Plan* plan) {
+  *plan = {};
+  const QualityProblem q = describe(name, args);
+  const bool sum = is_sum(args.loss);
+  const Scale scale = scale_of(name, args.scale, args.avg_factor);
+  if (sum) check_workspace(name, workspace);
+  QualityShape s{};
+  s.rows = rows_of(q.ndim, q.size);
+  if (s.rows.count == 0 || (!args.loss && !args.grad)) return;
+  s.classes = q.classes;
+  s.scale = scale;
+  s.beta = q.beta;
+  s.probabilities = q.probabilities;
+  s.weight_per_class = q.weight_per_class;
+  s.pred = steps_of(q.pred, q.ndim);
+  s.target = steps_of(q.target, q.ndim);
+  s.score = steps_of(q.score, q.ndim);
+  s.weight = steps_of(q.weight, q.ndim);
+  s.upstream = steps_of(q.grad_loss, q.ndim);
+  s.loss = steps_of(q.loss, q.ndim);
+  s.grad = steps_of(q.grad, q.ndim);
+  Launch* const launch = &plan->launches[plan->count++];
+  plan_quality(q, sum, &s, launch);
+  for (const Operand* operand : {&q.pred, &q.target, &q.score, &q.weight, &q.grad_loss}) {
+    add_argument(launch, static_cast<const void*>(operand->data));
+  }
+  add_argument(launch, data_of(args.avg_factor));
+  add_argument(launch, static_cast<void*>(q.loss.data));
+  add_argument(launch, sum ? workspace : nullptr);
+  add_argument(launch, static_cast<void*>(q.grad.data));
+  add_argument(launch, s);
+  if (sum) add_finish(plan, workspace, args.loss, args.avg_factor, scale);
+}
+
+void plan(const char* name, const gfl_distribution_args& args, double* workspace, Plan* plan) {
+  *plan = {};
+  const DistributionProblem d = describe(name, args);
+  const bool sum = is_sum(args.loss);
+  const Scale scale = scale_of(name, args.scale, args.avg_factor);
+  if (sum) check_workspace(name, workspace);
+  if (rows_of(d.ndim, d.size).count == 0 || (!args.loss && !args.grad)) return;
+  add_distribution(d, scale, data_of(args.avg_factor), sum ? workspace : nullptr, plan);
+  if (sum) add_finish(plan, workspace, args.loss, args.avg_factor, scale);
+}
+
+void plan(const char* name, const gfl_integral_args& args, Plan* plan) {
+  *plan = {};
+  DistributionProblem d = describe(name, args);
+  if (rows_of(d.ndim, d.size).count == 0 || (!args.out && !args.grad)) return;
+  if (args.bins) {
+    d.values.data = static_cast<char*>(args.bins->data);
+    d.values.column = args.bins->strides[0];
+  }
+  add_distribution(d, {1, GFL_FLOAT32}, nullptr, nullptr, plan);
+}
+
+}  // namespace gfl
+
+// For the tests, which run the plans where there is no GPU.
+extern "C" {
+
+GFL_API int gfl_quality_cuda_plan(const gfl_quality_args* args, double* workspace,
+                                  gfl::Plan* plan) {
+  return gfl::guarded([&] { gfl::plan("gfl_quality_cuda", *args, workspace, plan); });
+}
+GFL_API int gfl_distribution_cuda_plan(const gfl_distribution_args* args, double* workspace,
+                                       gfl::Plan* plan) {
+  return gfl::guarded([&] { gfl::plan("gfl_distribution_cuda", *args, workspace, plan); });
+}
+GFL_API int gfl_integral_cuda_plan(const gfl_integral_args* args, gfl::Plan* plan) {
+  return gfl::guarded([&] { gfl::plan("gfl_integral_cuda", *args, plan); });
+}
+GFL_API int64_t gfl_cuda_plan_bytes(void) { return sizeof(gfl::Plan); }
+}

@@ -1,0 +1,40 @@
+// How a call becomes launches: arithmetic on sizes, strides and addresses, without a GPU. The tests
+// run the same plans on a simulator.
+#pragma once
+
+#include "shapes.h"
+
+namespace gfl {
+
+enum KernelFamily : int32_t {
+  kQualityKernel,
+  kQualityGeneralKernel,
+  kDistributionKernel,
+  kDistributionGeneralKernel,
+  kFinishKernel
+};
+
+struct Launch {
+  char name[64];  // as a demangler prints it, without namespace
+  KernelFamily family;
+  int32_t dtype, variant;  // the template's arguments; -1: it has no variants
+  int32_t grid, block, shared_bytes;
+  int32_t count;  // of arguments
+  struct Argument {
+    int32_t offset, size;
+    int32_t is_pointer;
+  } arguments[16];
+  alignas(8) unsigned char bytes[1536];  // their values
+};
+
+struct Plan {
+  int64_t count;  // 0 without rows: a loss of them all is 0
+  Launch launches[2];
+};
+
+// workspace: kMaxBlocks doubles on the device, needed for a loss that is a sum.
+void plan(const char* name, const gfl_quality_args& args, double* workspace, Plan* plan);
+void plan(const char* name, const gfl_distribution_args& args, double* workspace, Plan* plan);
+void plan(const char* name, const gfl_integral_args& args, Plan* plan);
+
+}  // namespace gfl

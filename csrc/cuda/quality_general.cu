@@ -1,0 +1,111 @@
+// The quality family on whatever quality.cu leaves: other exponents, probabilities, weights per
+// element, float64, any strides. `lanes` threads to a row, an element at a time. The exponential
+// and the logarithm are math.h's own: for beta < 1 the gradient multiplies their error.
+#include "common.h"
+#include "kernels.h"
+
+namespace gfl {
+namespace {
+
+template <int kDtype>
+__global__ void __launch_bounds__(kQualityThreads, 3)
+    quality_general_kernel(const void* pred, const void* target, const void* score,
+                           const void* weight, const void* upstream, const void* avg_factor,
+                           void* loss, double* partials, void* grad,
+                           const __grid_constant__ QualityShape s) {
+  using T = typename Element<kDtype>::type;
+  using A = typename Element<kDtype>::acc;
+  const A factor = scale_factor<A>(s.scale, avg_factor), beta = static_cast<A>(s.beta);
+  const int lane = threadIdx.x & (s.lanes - 1), together = kQualityThreads / s.lanes;
+  const bool sparse = score != nullptr;
+  double total = 0;
+  for (int64_t first = int64_t{blockIdx.x} * together; first < s.rows.count;
+       first += int64_t{gridDim.x} * together) {
+    const int64_t row = first + threadIdx.x / s.lanes;
+    const bool inside = row < s.rows.count;
+    A row_loss = 0, w = 0;
+    int64_t at[7];
+    if (inside) {
+      const Steps* const steps[] = {&s.pred,     &s.target, &s.score, &s.weight,
+                                    &s.upstream, &s.loss,   &s.grad};
+      locate(s.rows, row, steps, at);
+      w = weight && !s.weight_per_class ? load_value<A>(weight, s.weight.dtype, at[3]) : A(1);
+      const bool read_row = w != 0;
+      A row_factor = read_row ? factor * w : A(0);
+      if (grad && upstream && read_row) row_factor *= static_cast<const A*>(upstream)[at[4]];
+      int label = -1;
+      A quality = 0;
+      if (sparse && read_row) {
+        label = class_of(target, s.target.dtype, at[1], s.classes);
+        quality = load_value<A>(score, s.score.dtype, at[2]);
+      }
+#pragma unroll 1
+      for (int64_t c = lane; c < s.classes; c += s.lanes) {
+        A element_weight = 1;
+        if (s.weight_per_class) {
+          element_weight = load_value<A>(weight, s.weight.dtype, at[3] + c * s.weight.column);
+        }
+        // What has weight 0 contributes exactly 0, NaN logits included.
+        LossGrad<A> r{A(0), A(0)};
+        if (read_row && element_weight != 0) {
+          const A x = widen(static_cast<const T*>(pred)[at[0] + c * s.pred.column]);
+          const A q = !sparse ? load_value<A>(target, s.target.dtype, at[1] + c * s.target.column)
+                              : (c == label ? quality : A(0));
+          r = s.probabilities ? quality_probability_loss_grad(x, q, beta)
+              : beta == A(2)  ? quality_square_loss_grad(x, q)
+                              : quality_loss_grad(x, q, beta);
+          r.loss *= element_weight;
+          r.grad *= element_weight * row_factor;
+        }
+        row_loss += r.loss;
+        if (grad) narrow(r.grad, static_cast<T*>(grad) + (at[6] + c * s.grad.column));
+      }
+      row_loss *= w;
+    }
+    if (loss) {
+      row_loss = sum_lanes(row_loss, s.lanes);
+      if (lane == 0 && inside) static_cast<A*>(loss)[at[5]] = row_loss * factor;
+    }
+    total += row_loss;
+  }
+  if (partials) leave_sum<kQualityThreads>(total, partials);
+}
+
+// factor * the sum of the blocks' sums, in a fixed order. One block.
+template <int kDtype>
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_kernel(const double* partials, int count, const void* avg_factor, void* loss,
+                  Scale scale) {
+  __shared__ double result;
+  double total = 0;
+  for (int i = threadIdx.x; i < count; i += kFinishThreads) total += partials[i];
+  leave_sum<kFinishThreads>(total, &result);
+  if (threadIdx.x == 0) {
+    using T = typename Element<kDtype>::type;
+    narrow(static_cast<T>(result * scale_factor<double>(scale, avg_factor)), static_cast<T*>(loss));
+  }
+}
+
+}  // namespace
+
+const void* quality_general_kernel_at(int dtype) {
+  switch (dtype) {
+    case GFL_FLOAT32:
+      return reinterpret_cast<const void*>(quality_general_kernel<GFL_FLOAT32>);
+    case GFL_FLOAT64:
+      return reinterpret_cast<const void*>(quality_general_kernel<GFL_FLOAT64>);
+    case GFL_BFLOAT16:
+      return reinterpret_cast<const void*>(quality_general_kernel<GFL_BFLOAT16>);
+    case GFL_FLOAT16:
+      return reinterpret_cast<const void*>(quality_general_kernel<GFL_FLOAT16>);
+    default:
+      return nullptr;
+  }
+}
+
+const void* finish_kernel_at(int dtype) {
+  return dtype == GFL_FLOAT64 ? reinterpret_cast<const void*>(finish_kernel<GFL_FLOAT64>)
+                              : reinterpret_cast<const void*>(finish_kernel<GFL_FLOAT32>);
+}
+
+}  // namespace gfl

@@ -1,0 +1,206 @@
+#include "problem.h"
+
+#include <span>
+#include <string>
+
+#include "error.h"
+
+namespace gfl {
+namespace {
+
+std::string shape_of(const int64_t* sizes, int n) {
+  std::string text(1, '(');
+  for (int i = 0; i < n; ++i) {
+    if (i) text += ", ";
+    text += std::to_string(sizes[i]);
+  }
+  return text + ")";
+}
+
+bool is_float(gfl_dtype dtype) { return dtype <= GFL_FLOAT16; }
+
+// The rows of a problem while it is put together: an operand per tensor, dimensions as in pred.
+class Problem {
+ public:
+  Problem(const char* op, const gfl_view* pred, const char* columns) : op_(op) {
+    if (!pred) fail(op_ + ": pred is missing");
+    if (pred->ndim < 1) fail(op_ + ": pred must have shape (..., " + columns + "), got ()");
+    if (!is_float(pred->dtype)) fail(op_ + ": pred must be float32, float64, bfloat16 or float16");
+    pred_ = pred;
+    ndim_ = pred->ndim - 1;
+    columns_ = pred->sizes[ndim_];
+    for (int d = 0; d < ndim_; ++d) rows_ *= pred->sizes[d];
+  }
+
+  int64_t rows() const { return rows_; }
+  int64_t columns() const { return columns_; }
+
+  // A value per row, or per row and column, or (scalar) one for all.
+  void add(const char* name, const gfl_view* view, Operand* operand, bool per_column,
+           bool scalar = false) {
+    *operand = Operand{};
+    if (!view) return;
+    if (scalar && view->ndim == 0) {
+      entries_[count_++] = {view, operand, 0};
+    } else {
+      const int dims = ndim_ + per_column;
+      bool same = view->ndim == dims;
+      for (int d = 0; same && d < dims; ++d) same = view->sizes[d] == pred_->sizes[d];
+      if (!same) {
+        fail(op_ + ": " + name + " must have shape " + shape_of(pred_->sizes, dims) + ", got " +
+             shape_of(view->sizes, view->ndim));
+      }
+      entries_[count_++] = {view, operand, ndim_};
+    }
+    operand->data = static_cast<char*>(view->data);
+    operand->dtype = view->dtype;
+    operand->column = per_column && columns_ > 1 ? view->strides[ndim_] : (per_column ? 1 : 0);
+  }
+
+  void need_dtype(const char* name, const gfl_view* view, gfl_dtype dtype) const {
+    if (view && view->dtype != dtype) fail(op_ + ": " + name + " has the wrong dtype");
+  }
+
+  // The gradient is of pred's dtype, a loss and what comes from upstream of the accumulator's.
+  void check_results(const gfl_view* grad, const gfl_view* loss, const gfl_view* grad_loss) const {
+    need_dtype("grad", grad, pred_->dtype);
+    need_dtype("loss", loss, accumulator(pred_->dtype));
+    need_dtype("grad_loss", grad_loss, accumulator(pred_->dtype));
+    if (loss && grad_loss) fail(op_ + ": a loss has no upstream gradient: ask for one of them");
+  }
+
+  // Dimensions of size 1 drop out; neighbours that step together in every operand become one.
+  void merge(int* ndim, int64_t* size) {
+    int n = 0;
+    for (int d = 0; d < ndim_; ++d) {
+      const int64_t extent = pred_->sizes[d];
+      if (extent == 1) continue;
+      bool joins = n > 0;
+      for (const Entry& e : std::span(entries_, count_))
+        joins = joins && e.operand->row[n - 1] == e.stride(d) * extent;
+      if (!joins) {
+        if (n == kMaxDims)
+          fail(op_ + ": more than " + std::to_string(kMaxDims) + " separate row dimensions");
+        size[n++] = 1;
+      }
+      size[n - 1] *= extent;
+      for (const Entry& e : std::span(entries_, count_)) e.operand->row[n - 1] = e.stride(d);
+    }
+    if (n == 0) {
+      size[n++] = 1;
+      for (const Entry& e : std::span(entries_, count_)) e.operand->row[0] = 0;
+    }
+    *ndim = n;
+  }
+
+ private:
+  struct Entry {
+    const gfl_view* view;
+    Operand* operand;
+    int dims;  // 0 for a scalar
+    int64_t stride(int d) const { return dims ? view->strides[d] : 0; }
+  };
+
+  std::string op_;
+  const gfl_view* pred_;
+  int ndim_;
+  int64_t columns_ = 0, rows_ = 1;
+  Entry entries_[10];
+  int count_ = 0;
+};
+
+}  // namespace
+
+int64_t element_bytes(gfl_dtype dtype) {
+  switch (dtype) {
+    case GFL_FLOAT64:
+    case GFL_INT64:
+      return 8;
+    case GFL_FLOAT32:
+    case GFL_INT32:
+      return 4;
+    case GFL_BFLOAT16:
+    case GFL_FLOAT16:
+    case GFL_INT16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+gfl_dtype accumulator(gfl_dtype dtype) { return dtype == GFL_FLOAT64 ? GFL_FLOAT64 : GFL_FLOAT32; }
+
+QualityProblem describe(const char* name, const gfl_quality_args& args) {
+  QualityProblem q{};
+  Problem problem(name, args.pred, "C");
+  if (!args.target) fail(std::string(name) + ": target is missing");
+  q.weight_per_class = args.weight && args.weight->ndim == args.pred->ndim;
+  const bool per_row = args.loss && args.loss->ndim > 0;
+  problem.add("pred", args.pred, &q.pred, true);
+  problem.add("target", args.target, &q.target, !args.score);
+  problem.add("score", args.score, &q.score, false);
+  problem.add("weight", args.weight, &q.weight, q.weight_per_class);
+  problem.add("grad_loss", args.grad_loss, &q.grad_loss, false, true);
+  problem.add("loss", per_row ? args.loss : nullptr, &q.loss, false);
+  problem.add("grad", args.grad, &q.grad, true);
+  problem.check_results(args.grad, args.loss, args.grad_loss);
+  if (problem.columns() < 1) fail(std::string(name) + ": pred must have at least one class");
+  problem.merge(&q.ndim, q.size);
+  q.classes = problem.columns();
+  q.probabilities = args.form == GFL_PROBABILITIES;
+  q.beta = args.beta;
+  q.scale = args.scale;
+  return q;
+}
+
+DistributionProblem describe(const char* name, const gfl_distribution_args& args) {
+  DistributionProblem d{};
+  Problem problem(name, args.pred, "K");
+  if (!args.target) fail(std::string(name) + ": target is missing");
+  if (!args.weight_left != !args.weight_right) {
+    fail(std::string(name) + ": weight_left and weight_right come together");
+  }
+  const bool per_row = args.loss && args.loss->ndim > 0;
+  problem.add("pred", args.pred, &d.pred, true);
+  problem.add("target", args.target, &d.target, false);
+  problem.add("weight_left", args.weight_left, &d.weight_left, false);
+  problem.add("weight_right", args.weight_right, &d.weight_right, false);
+  problem.add("weight", args.weight, &d.weight, false);
+  problem.add("grad_loss", args.grad_loss, &d.grad_loss, false, true);
+  problem.add("loss", per_row ? args.loss : nullptr, &d.loss, false);
+  problem.add("grad", args.grad, &d.grad, true);
+  problem.check_results(args.grad, args.loss, args.grad_loss);
+  if (problem.columns() < 1) fail(std::string(name) + ": pred must have at least one bin");
+  problem.merge(&d.ndim, d.size);
+  d.bins = problem.columns();
+  d.scale = args.scale;
+  return d;
+}
+
+DistributionProblem describe(const char* name, const gfl_integral_args& args) {
+  DistributionProblem d{};
+  Problem problem(name, args.pred, "K");
+  const gfl_dtype dtype = accumulator(args.pred->dtype);
+  problem.add("pred", args.pred, &d.pred, true);
+  problem.add("grad_out", args.grad_out, &d.grad_loss, false);
+  problem.add("out", args.out, &d.loss, false);
+  problem.add("grad", args.grad, &d.grad, true);
+  problem.need_dtype("grad", args.grad, args.pred->dtype);
+  problem.need_dtype("out", args.out, dtype);
+  problem.need_dtype("grad_out", args.grad_out, dtype);
+  if (args.grad && !args.grad_out) fail(std::string(name) + ": grad needs grad_out");
+  if (problem.columns() < 1) fail(std::string(name) + ": pred must have at least one bin");
+  problem.merge(&d.ndim, d.size);
+  d.bins = problem.columns();
+  d.scale = 1;
+  if (const gfl_view* const bins = args.bins) {
+    if (bins->ndim != 1 || bins->sizes[0] != d.bins) {
+      fail(std::string(name) + ": bins must have shape (" + std::to_string(d.bins) + "), got " +
+           shape_of(bins->sizes, bins->ndim));
+    }
+    if (bins->dtype != dtype) fail(std::string(name) + ": bins must have the dtype of the result");
+  }
+  return d;
+}
+
+}  // namespace gfl

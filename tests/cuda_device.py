@@ -1,0 +1,287 @@
+"""The CUDA C++ backend without a GPU: the plans of the compiled library, run on ptxsim.
+
+The library computes each launch (kernel, grid, block, arguments) as it would on a GPU; the kernels
+are the sources of csrc/cuda as nvcc compiles them to PTX. Tensors are CPU tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import re
+from pathlib import Path
+from unittest import mock
+
+import ptxsim
+import torch
+
+import gfl_kernels
+from gfl_kernels import dispatch, native, ops
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+WORKSPACE = 4096  # doubles
+OPTIONS = ("-std=c++17",)
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+
+
+class _View(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        ("ndim", ctypes.c_int32),
+        ("sizes", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+    ]
+
+
+def _struct(views, *others):
+    fields = [(name, ctypes.POINTER(_View)) for name in views.split()]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, *others]})
+
+
+_SCALE = ("scale", ctypes.c_double)
+ARGUMENTS = {  # as in gfl_kernels.h
+    "quality": _struct(
+        "pred target score weight avg_factor grad_loss loss grad",
+        ("form", ctypes.c_int),
+        ("beta", ctypes.c_double),
+        _SCALE,
+    ),
+    "distribution": _struct(
+        "pred target weight_left weight_right weight avg_factor grad_loss loss grad", _SCALE
+    ),
+    "integral": _struct("pred bins grad_out out grad"),
+}
+
+
+class _Argument(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in ("offset", "size", "is_pointer")]
+
+
+class _Launch(ctypes.Structure):  # as in csrc/cuda/plan.h
+    _fields_ = [
+        ("name", ctypes.c_char * 64),
+        ("family", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("variant", ctypes.c_int32),
+        ("grid", ctypes.c_int32),
+        ("block", ctypes.c_int32),
+        ("shared_bytes", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+        ("arguments", _Argument * 16),
+        ("_padding", ctypes.c_int32),
+        ("bytes", ctypes.c_ubyte * 1536),
+    ]
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = [("count", ctypes.c_int64), ("launches", _Launch * 2)]
+
+
+def view(tensor):
+    if tensor is None:
+        return None
+    dims = tensor.dim()
+    sizes, strides = (
+        (ctypes.c_int64 * dims)(*tensor.shape),
+        (ctypes.c_int64 * dims)(*tensor.stride()),
+    )
+    return ctypes.pointer(
+        _View(tensor.data_ptr(), DTYPES.index(tensor.dtype), dims, sizes, strides)
+    )
+
+
+def plan(family, workspace, numbers=None, **tensors):
+    """The launches the library computes for a call."""
+    library = native.library()
+    library.gfl_cuda_plan_bytes.restype = ctypes.c_int64
+    assert library.gfl_cuda_plan_bytes() == ctypes.sizeof(_Plan)
+    arguments = ARGUMENTS[family](
+        **{name: view(tensor) for name, tensor in tensors.items() if tensor is not None},
+        **(numbers or {}),
+    )
+    result = _Plan()
+    address = [ctypes.c_void_p(workspace.data_ptr())] if family != "integral" else []
+    function = getattr(library, f"gfl_{family}_cuda_plan")
+    if function(ctypes.byref(arguments), *address, ctypes.byref(result)):
+        raise ValueError(library.gfl_last_error().decode())
+    return list(result.launches[: result.count])
+
+
+@functools.cache
+def _entries(arch):
+    """Demangled name -> PTX with this kernel alone: to parse them all takes 15 seconds."""
+    # The cache of ptxsim does not see headers in other folders than the source's.
+    above = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(CSRC.glob("*.h"))))
+    found = {}
+    for file in sorted((CSRC / "cuda").glob("*.cu")):
+        text = ptxsim.compile_ptx(
+            file, f"sm_{arch}", [CSRC / "include"], {"GFL_HEADERS": above.hexdigest()}, OPTIONS
+        )
+        head, *entries = re.split(r"^(?=(?:\.visible )?\.entry )", text, flags=re.M)
+        entries[-1], end, _ = entries[-1].partition("\n}\n")
+        entries[-1] += end
+        files = "".join(re.findall(r"^\.file.*\n|^\t\.file.*\n", text, re.M))
+        for entry in entries:
+            name = ptxsim.demangle(re.search(r"\.entry (\w+)", entry).group(1))
+            found[name] = head + entry + files
+    return found
+
+
+def ptx(name, arch=90):
+    found = [text for full, text in _entries(arch).items() if f"{name}(" in full]
+    assert len(found) == 1, (name, list(_entries(arch)))
+    return found[0]
+
+
+@functools.cache
+def kernel(name, arch=90):
+    (result,) = ptxsim.parse(ptx(name, arch)).kernels.values()
+    return result
+
+
+class SimulatedCuda:
+    """As a context manager: the forced backend "cuda" serves CPU tensors.
+
+    `launches` and `reports` hold one entry per launch."""
+
+    def __init__(self, arch=90, **options):
+        self.arch, self.options = arch, {"isolate": True, "order": "reverse", **options}
+        self.reports, self.launches = [], []
+
+    def __enter__(self):
+        why_not, obstacle, implementation = (
+            dispatch._why_not,
+            dispatch._obstacle,
+            dispatch._implementation,
+        )
+        self._patches = [
+            mock.patch.object(
+                dispatch, "_why_not", lambda name: None if name == "cuda" else why_not(name)
+            ),
+            mock.patch.object(
+                dispatch,
+                "_obstacle",
+                lambda name, *args: obstacle("cpu" if name == "cuda" else name, *args),
+            ),
+            mock.patch.object(
+                dispatch,
+                "_implementation",
+                lambda backend, name: (
+                    getattr(self, name) if backend == "cuda" else implementation(backend, name)
+                ),
+            ),
+        ]
+        for patch in self._patches:
+            patch.start()
+        self._forced = gfl_kernels.use_backend("cuda")
+        return self
+
+    def __exit__(self, *exception):
+        self._forced.__exit__(*exception)
+        for patch in self._patches:
+            patch.stop()
+
+    def run(self, family, numbers=None, **tensors):
+        workspace = torch.full((WORKSPACE,), float("nan"), dtype=torch.float64)
+        at = {t.data_ptr(): (name, t) for name, t in tensors.items() if t is not None}
+        at[workspace.data_ptr()] = ("workspace", workspace)
+        launches = plan(family, workspace, numbers, **tensors)
+        if not launches and tensors.get("loss") is not None:
+            tensors["loss"].zero_()  # csrc/cuda/launch.cpp
+        for launch in launches:
+            names, values = [], []
+            data = bytes(launch.bytes)
+            for i, argument in enumerate(launch.arguments[: launch.count]):
+                value = data[argument.offset : argument.offset + argument.size]
+                name = f"argument{i}"
+                if argument.is_pointer:
+                    address = int.from_bytes(value, "little")
+                    name, value = at[address] if address else (name, None)
+                names.append(name)
+                values.append(value)
+            self.launches.append(launch)
+            self.reports.append(
+                kernel(launch.name.decode(), self.arch).launch(
+                    launch.grid,
+                    launch.block,
+                    values,
+                    launch.shared_bytes,
+                    names=names,
+                    **self.options,
+                )
+            )
+
+    # The ops, as csrc/ops.h implements them.
+
+    def quality_forward(
+        self, pred, target, score, weight, avg, form, beta, scale, reduction, write_grad
+    ):
+        loss, grad = _outputs(pred, reduction, write_grad)
+        tensors = {"pred": pred, "target": target, "score": score, "weight": weight}
+        numbers = {"form": form, "beta": beta, "scale": _scale(pred, scale, reduction)}
+        grad_ = grad if write_grad else None
+        self.run("quality", numbers, **tensors, avg_factor=avg, loss=loss, grad=grad_)
+        return loss, grad
+
+    def quality_backward(
+        self, upstream, pred, target, score, weight, avg, form, beta, scale, reduction
+    ):
+        grad = torch.empty_like(pred)
+        tensors = {"pred": pred, "target": target, "score": score, "weight": weight}
+        numbers = {"form": form, "beta": beta, "scale": _scale(pred, scale, reduction)}
+        self.run("quality", numbers, **tensors, avg_factor=avg, grad_loss=upstream, grad=grad)
+        return grad
+
+    def distribution_forward(
+        self, pred, target, left, right, weight, avg, scale, reduction, write_grad
+    ):
+        loss, grad = _outputs(pred, reduction, write_grad)
+        tensors = {"pred": pred, "target": target, "weight_left": left, "weight_right": right}
+        numbers = {"scale": _scale(pred, scale, reduction)}
+        tensors |= {"weight": weight, "avg_factor": avg}
+        grad_ = grad if write_grad else None
+        self.run("distribution", numbers, **tensors, loss=loss, grad=grad_)
+        return loss, grad
+
+    def distribution_backward(
+        self, upstream, pred, target, left, right, weight, avg, scale, reduction
+    ):
+        grad = torch.empty_like(pred)
+        tensors = {"pred": pred, "target": target, "weight_left": left, "weight_right": right}
+        numbers = {"scale": _scale(pred, scale, reduction)}
+        tensors |= {"weight": weight, "avg_factor": avg}
+        self.run("distribution", numbers, **tensors, grad_loss=upstream, grad=grad)
+        return grad
+
+    def integral_forward(self, pred, bins):
+        out, _ = _outputs(pred, ops.NONE, False)
+        self.run("integral", pred=pred, bins=bins, out=out)
+        return out
+
+    def integral_backward(self, upstream, pred, bins):
+        grad = torch.empty_like(pred)
+        self.run("integral", pred=pred, bins=bins, grad_out=upstream, grad=grad)
+        return grad
+
+
+def _outputs(pred, reduction, write_grad):
+    loss, grad = ops._fake_loss_grad(pred, reduction, write_grad)
+    return loss.fill_(float("nan")), grad
+
+
+def _scale(pred, scale, reduction):
+    rows = pred.numel() // max(1, pred.shape[-1])
+    return scale / max(1, rows) if reduction == ops.MEAN else scale

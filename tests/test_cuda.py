@@ -1,0 +1,367 @@
+"""The CUDA C++ kernels without a GPU: what nvcc makes of them, launched on ptxsim as the compiled
+library would launch it on a GPU.
+
+Every argument lies far from the others, so that an access out of bounds is a fault; warps run in
+either order, so that a missing barrier shows; approximate instructions err as much as their
+documentation allows.
+"""
+
+import re
+
+import pytest
+import torch
+from compiled_cases import (  # noqa: F401
+    test_distribution,
+    test_distribution_bins,
+    test_distribution_explicit_weights_and_layouts,
+    test_integral,
+    test_integral_of_given_bins,
+    test_quality_beta,
+    test_quality_dense_with_weights,
+    test_quality_float64,
+    test_quality_layouts,
+    test_quality_odd_classes,
+    test_quality_probabilities,
+    test_quality_sparse,
+)
+from support import (
+    FLOATS,
+    INTERPRETED,
+    LAYOUTS,
+    bin_target,
+    check_op,
+    dense_target,
+    explicit_target,
+    lay_out,
+    logits,
+    row_weight,
+    sparse_target,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import gfl_kernels
+from gfl_kernels import dispatch, native
+
+ptxsim = pytest.importorskip("ptxsim", reason="tests/ptxsim needs numpy")
+from cuda_device import SimulatedCuda, plan, ptx  # noqa: E402
+
+QUALITY = gfl_kernels.quality_focal_loss
+DISTRIBUTION = gfl_kernels.distribution_focal_loss
+INTEGRAL = gfl_kernels.integral
+
+
+def _without_cuda():
+    if INTERPRETED:
+        return "TRITON_INTERPRET=1: nothing is compiled"
+    if not native.build_info().get("cuda_architectures"):
+        return f"the library has no CUDA part: {native.cuda_why_not()}"
+    try:
+        ptxsim.nvcc("\n__global__ void nothing() {}\n")
+    except ptxsim.CompileError as error:
+        return str(error)
+    return None
+
+
+pytestmark = pytest.mark.skipif(_without_cuda() is not None, reason=str(_without_cuda()))
+
+
+@pytest.fixture(params=[("nearest", "forward"), ("worst", "reverse")], ids="-".join)
+def compiled(request):
+    approx, order = request.param
+    with SimulatedCuda(approx=approx, order=order) as device:
+        yield device
+
+
+def kernels_of(device):
+    return [launch.name.decode() for launch in device.launches]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quality_planes(compiled, dtype):
+    """NCHW with vectors of rows, and with a number of pixels that no vector divides."""
+    for height, width in ((8, 36), (5, 7)):
+        laid = lay_out("nchw", logits(2, height, width, 20, dtype=dtype))
+        target = sparse_target(laid.row_shape, 20)
+        weight = row_weight(laid.row_shape)
+        check_op("quality", laid.pred, target, class_dim=1, weight=weight, avg_factor=9.0)
+        check_op("quality", laid.pred, target, class_dim=1, reduction="none")
+        dense = dense_target((2, height, width), 20).movedim(-1, 1).contiguous()
+        check_op("quality", laid.pred, dense, class_dim=1, weight=weight, reduction="sum")
+    assert not [name for name in kernels_of(compiled) if "general" in name]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("target_dtype", [torch.float32, None, torch.float64])
+def test_quality_dense(compiled, dtype, target_dtype):
+    x = logits(70, 24, dtype=dtype)
+    target = dense_target((70,), 24, dtype=target_dtype or dtype)
+    check_op("quality", x, target, weight=row_weight((70,)), reduction="none")
+    misaligned = lay_out("misaligned", logits(1, 1, 70, 24, dtype=dtype)).pred
+    check_op("quality", misaligned, target, avg_factor=3.0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(compiled, layout):
+    laid = lay_out(layout, logits(2, 3, 5, 17))
+    target = sparse_target(laid.row_shape, 17)
+    check_op("quality", laid.pred, target, class_dim=laid.dim, avg_factor=7.0, what=layout)
+    weight = row_weight(laid.row_shape)
+    position = bin_target(laid.row_shape, 17)
+    check_op("distribution", laid.pred, position, bin_dim=laid.dim, weight=weight, avg_factor=7.0)
+    check_op("integral", laid.pred, bin_dim=laid.dim, scale=17.0)
+
+
+@pytest.mark.parametrize("label_dtype", [torch.int32, torch.uint8, torch.int16, torch.float32])
+def test_label_and_score_dtypes(compiled, label_dtype):
+    label, score = sparse_target((40,), 8, label_dtype=label_dtype, score_dtype=torch.float64)
+    check_op("quality", logits(40, 8), (label, score), reduction="none")
+
+
+@pytest.mark.parametrize("bins", [*range(2, 17, 7), 32, 63, 64, 129, 4000])
+def test_any_number_of_bins(compiled, bins):
+    rows = 9 if bins > 64 else 70
+    for dtype in (torch.float32, torch.float16):
+        x = logits(rows, bins, dtype=dtype)
+        target = explicit_target((rows,), bins)
+        check_op("distribution", x, target, weight=row_weight((rows,)), reduction="none")
+        values = torch.linspace(-2, 2, bins)
+        check_op("integral", x, bins=values, scale=2.0)
+
+
+def test_distribution_planes(compiled):
+    for height, width in ((8, 36), (5, 7)):
+        for dtype in FLOATS:
+            laid = lay_out("nchw", logits(1, height, width, 17, dtype=dtype))
+            target = bin_target(laid.row_shape, 17)
+            weight = row_weight(laid.row_shape)
+            check_op("distribution", laid.pred, target, bin_dim=1, weight=weight, avg_factor=3.0)
+    assert not [name for name in kernels_of(compiled) if "general" in name]
+
+
+def test_more_row_dimensions_than_three(compiled):
+    wide = torch.full((3, 4, 3, 4, 3, 10), float("nan"))
+    x = wide[:, :3, :, :3, :, 2:10]
+    x.copy_(logits(3, 3, 3, 3, 3, 8))
+    check_op("quality", x, sparse_target(x.shape[:-1], 8), reduction="none")
+    check_op("distribution", x, bin_target(x.shape[:-1], 8), reduction="none")
+
+
+def test_loss_and_gradient_in_one_launch(compiled):
+    """write_grad, which functional.py asks of the CPU backend alone."""
+    x, (label, score) = logits(66, 20), sparse_target((66,), 20)
+    for laid in (x, x.t().contiguous().t()):
+        loss, grad = compiled.quality_forward(laid, label, score, None, None, 0, 2.0, 0.5, 1, True)
+        leaf = laid.double().requires_grad_()
+        with gfl_kernels.use_backend("reference"):
+            truth = QUALITY(leaf, (label, score), reduction="sum") * 0.5
+        truth.backward()
+        torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(grad.double(), leaf.grad, rtol=2e-5, atol=1e-6)
+
+
+def test_agrees_with_the_cpu_kernels():
+    x, target = logits(130, 80), sparse_target((130,), 80)
+    z, position = logits(130, 17), bin_target((130,), 17)
+    calls = [
+        (x, lambda leaf: QUALITY(leaf, target, reduction="none")),
+        (x, lambda leaf: QUALITY(leaf, target, beta=1.5)),
+        (z, lambda leaf: DISTRIBUTION(leaf, position, reduction="none")),
+        (z, INTEGRAL),
+    ]
+
+    def results():
+        for values, call in calls:
+            leaf = values.clone().requires_grad_()
+            value = call(leaf)
+            value.sum().backward()
+            yield from (value.detach(), leaf.grad)
+
+    with SimulatedCuda():
+        got = list(results())
+    with gfl_kernels.use_backend("cpu"):
+        expected = list(results())
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=5e-6, atol=5e-6)
+
+
+def test_empty(compiled):
+    x = torch.zeros(0, 80, requires_grad=True)
+    loss = QUALITY(x, (torch.zeros(0, dtype=torch.int64), torch.zeros(0)), avg_factor=1.0)
+    loss.backward()
+    assert loss == 0 and x.grad.shape == (0, 80)
+    assert INTEGRAL(torch.zeros(0, 17)).shape == (0,)
+    assert compiled.launches == []
+
+
+def test_repeats_bit_for_bit():
+    """A sum of several blocks; the order of warps does not change it."""
+    x, target = logits(3000, 80), sparse_target((3000,), 80)
+    z, position = logits(3001, 17), bin_target((3001,), 17)
+    sums = []
+    for order in ("forward", "reverse", "lockstep"):
+        with SimulatedCuda(order=order) as device:
+            sums.append((QUALITY(x, target).item(), DISTRIBUTION(z, position).item()))
+            assert device.launches[0].grid > 1
+    assert len(set(sums)) == 1
+
+
+def test_memory_traffic():
+    """Nothing is read twice; every logit of an aligned tensor moves in 16-byte accesses; rows of
+    weight 0 are not read."""
+    for dtype in (torch.float32, torch.bfloat16):
+        with SimulatedCuda() as device:
+            x = logits(4096, 80, extremes=False, dtype=dtype).requires_grad_()
+            planes = lay_out("nchw", logits(1, 64, 64, 80, extremes=False, dtype=dtype)).pred
+            label, score = sparse_target((4096,), 80)
+            QUALITY(x, (label, score), avg_factor=torch.tensor(100.0)).backward()
+            target = label.view(1, 64, 64), score.view(1, 64, 64)
+            QUALITY(planes.requires_grad_(), target, class_dim=1).backward()
+            z = logits(4096, 17, extremes=False, dtype=dtype).requires_grad_()
+            DISTRIBUTION(z, bin_target((4096,), 17)).backward()
+            INTEGRAL(z).sum().backward()
+            launches = zip(device.reports, kernels_of(device), strict=True)
+            reports = [report for report, name in launches if name != "finish_kernel<0>"]
+            assert len(reports) == 8
+            for i, report in enumerate(reports):
+                size = (x if i < 4 else z).nbytes
+                assert report.traffic("pred").read_bytes == size
+                assert report.traffic("pred").wide_share(16) == 1
+                if i % 2:
+                    assert report.traffic("grad").written_bytes == size
+                    assert report.traffic("grad").wide_share(16) == 1
+
+            device.reports.clear()
+            weight = torch.zeros(4096)
+            weight[1000:1040] = 1
+            DISTRIBUTION(z, bin_target((4096,), 17), weight=weight, avg_factor=40.0).backward()
+            forward, _, backward = device.reports
+            assert forward.traffic("pred").read_bytes == 40 * 17 * z.element_size()
+            assert backward.traffic("grad").written_bytes == z.nbytes
+
+
+# NVIDIA apex's fused focal loss, loss and gradient in one pass: PTX lane instructions per logit, by
+# the same count.
+APEX = {torch.float32: 93, torch.float16: 89}
+
+
+@pytest.mark.parametrize("dtype", APEX)
+def test_instructions(dtype):
+    """At most half of apex's, and so few that an H100 waits for its memory, which moves no more
+    than it has to.
+    """
+    rows = 32768
+    x = logits(rows, 80, extremes=False, dtype=dtype)
+    label, score = sparse_target((rows,), 80)
+    label[torch.rand(rows) > 0.06] = 80  # leaves one row in fifty
+    with SimulatedCuda() as device:
+        device.quality_forward(x, label, score, None, None, 0, 2.0, 1.0, 1, True)
+    report = device.reports[0]
+    assert report.warp_instructions * 32 / x.numel() <= APEX[dtype] / 2
+    assert report.roofline("h100").bound_by == "dram"
+    least = 2 * x.nbytes + label.nbytes + score.nbytes
+    assert report.dram_bytes_read + report.dram_bytes_written <= 1.03 * least
+
+
+@pytest.mark.parametrize("dtype", [0, 2, 3])
+def test_registers(dtype):
+    """64 of them and nothing spilled in what a training step runs: forward and backward."""
+    names = [f"quality_kernel<{dtype}, {variant}>" for variant in (1, 2, 3, 5, 6, 7, 9, 10)]
+    names += [f"distribution_kernel<{dtype}, {bins}>" for bins in (0, 16, 17)]
+    for name in names:
+        try:
+            # Without line numbers: they refer to a table behind the kernels.
+            text = re.sub(r"^\s*\.(loc|file)\b.*\n", "", ptx(name), flags=re.M)
+            (info,) = ptxsim.ptxas_info(text).values()
+        except ptxsim.PtxSimError as error:
+            pytest.skip(f"ptxas and the CUDA binary utilities are needed: {error}")
+        assert info.registers <= 64 and info.spills == 0, (name, info.registers, info.spills)
+
+
+def test_odd_rows_move_in_vectors_too():
+    with SimulatedCuda() as device:
+        x = logits(512, 365, extremes=False).requires_grad_()
+        QUALITY(x, sparse_target((512,), 365)).backward()
+    for report in (device.reports[0], device.reports[2]):
+        assert report.traffic("pred").read_bytes == x.nbytes
+        assert report.traffic("pred").wide_share(16) > 0.97
+
+
+class Described:
+    """What a plan sees of a tensor, without memory."""
+
+    def __init__(self, *shape, dtype=torch.float32, address=1 << 30):
+        self.meta, self.address = torch.empty(shape, dtype=dtype, device="meta"), address
+        self.shape, self.dtype, self.stride = self.meta.shape, dtype, self.meta.stride
+        self.dim = self.meta.dim
+
+    def data_ptr(self):
+        return self.address
+
+    def permute(self, *dims):
+        self.meta = self.meta.permute(dims)
+        self.shape, self.stride = self.meta.shape, self.meta.stride
+        return self
+
+
+def test_plans_of_large_problems():
+    """More than 2^31 elements and rows: the grid is bounded; what divides row numbers in 32 bits is
+    left to the kernels that do not."""
+    workspace = torch.empty(4096, dtype=torch.float64)
+
+    def first(family, pred, rows, **tensors):
+        numbers = {"beta": 2.0, "scale": 1.0} if family == "quality" else {"scale": 1.0}
+        tensors |= {"target": Described(*rows, dtype=torch.int64), "loss": Described()}
+        launch, finish = plan(family, workspace, numbers, pred=pred, **tensors)
+        assert 0 < launch.grid <= 4096 and finish.grid == 1
+        return launch.name.decode()
+
+    rows, many = (1 << 30,), (1 << 16, (1 << 16) + 1)
+    score = {"score": Described(*rows)}
+    assert first("quality", Described(*rows, 80), rows, **score) == "quality_kernel<0, 1>"
+    score = {"score": Described(*many)}
+    planes = Described(many[0], 20, many[1]).permute(0, 2, 1)
+    assert first("quality", planes, many, **score) == "quality_general_kernel<0>"
+    assert first("quality", Described(*many, 80), many, **score) == "quality_kernel<0, 1>"
+    assert first("distribution", Described(*many, 17), many) == "distribution_kernel<0, 17>"
+
+
+def test_fake_tensors_end_to_end(monkeypatch):
+    """device="cuda" without a device: through the public functions and the library's own ops."""
+    monkeypatch.setattr(dispatch, "_why_not", lambda name: "not here" if name == "triton" else None)
+    with FakeTensorMode():
+        x = torch.zeros(33, 80, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        z = torch.zeros(33, 17, device="cuda", requires_grad=True)
+        label = torch.zeros(33, dtype=torch.int64, device="cuda")
+        row = torch.zeros(33, device="cuda")
+        assert dispatch.choose("quality_focal_loss", x) == "cuda"
+        for loss in (QUALITY(x, (label, row)), DISTRIBUTION(z, row, reduction="none"), INTEGRAL(z)):
+            assert loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.requires_grad
+        # Not through loss.backward(): autograd's engine asks for the device.
+        rest = (None, None, 0, 2.0, 1.0, 1)
+        for space in (torch.ops.gfl_kernels, torch.ops.gfl_native):
+            grad = space.quality_backward(row.sum(), x.detach(), label, row, *rest)
+            assert grad.device.type == "cuda" and grad.dtype == torch.bfloat16
+            grad = space.integral_backward(row, z.detach(), None)
+            assert grad.device.type == "cuda" and grad.shape == z.shape
+
+
+def test_the_library_has_kernels_for_cuda():
+    for name in ("quality", "distribution", "integral"):
+        for direction in ("forward", "backward"):
+            op = f"gfl_native::{name}_{direction}"
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
+
+
+def test_automatic_choice(monkeypatch):
+    """Triton first; the compiled kernels where it is absent; neither makes the reference serve."""
+
+    def choice(triton, cuda):
+        reasons = {"triton": triton, "cuda": cuda}
+        monkeypatch.setattr(dispatch, "_why_not", lambda name: reasons.get(name))
+        with FakeTensorMode():
+            return dispatch.choose("integral", torch.zeros(3, 17, device="cuda"))
+
+    assert choice(None, None) == "triton"
+    assert choice(None, "no") == "triton"
+    assert choice("no", None) == "cuda"
+    assert choice("no", "no") == "reference"
