@@ -11,6 +11,13 @@ import torch
 
 _PACKAGE = Path(__file__).parent
 _FILE = "libgfl_native.so"
+_STRINGS = (  # its functions that return one
+    "gfl_cpu_isa",
+    "gfl_available_isas",
+    "gfl_build_info",
+    "gfl_last_error",
+    "gfl_cuda_obstacle",
+)
 
 
 @cache
@@ -46,14 +53,11 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"{_FILE} could not be loaded: {error}"
-    for name in (
-        "gfl_cpu_isa",
-        "gfl_available_isas",
-        "gfl_build_info",
-        "gfl_last_error",
-        "gfl_cuda_obstacle",
-    ):
-        getattr(loaded, name).restype = ctypes.c_char_p
+    try:
+        for name in _STRINGS:
+            getattr(loaded, name).restype = ctypes.c_char_p
+    except AttributeError as error:  # left over from another version
+        return None, f"{_FILE} does not fit this version of gfl_kernels, build it again: {error}"
     if loaded.gfl_cpu_isa() is None:
         return None, loaded.gfl_last_error().decode()
     return loaded, None

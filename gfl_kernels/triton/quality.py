@@ -1,5 +1,7 @@
 """Quality family: one kernel for every form of target and for loss, gradient, or both."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -243,28 +245,32 @@ def quality_kernel(
         finish_sum(partial, factor, loss, partials, counter)
 
 
-def config(classes: int) -> tuple[int, int, int]:
-    """(rows of a tile, classes of a step, warps): 1024 logits a step, two 16-byte vectors of
-    float32 for each of 128 threads.
+class Config(NamedTuple):
+    rows: int  # of a tile
+    step: int  # classes at a time
+    unroll: int  # steps that the compiler lays out together
+    warps: int
+
+
+def config(classes: int, square: bool, unit: int) -> Config:
+    """The tile, by arithmetic: for beta = 2 1024 logits a step, two 16-byte vectors of float32 for
+    each of 128 threads. Half of that for the longer formulas, and where logits move one by one
+    (unit: elements to a multiple of which strides are aligned), or 64 registers would not hold it.
 
     The step is the largest power of two up to 32 whose padding costs at most 3 % more than the
-    least: 16 for 80 classes, where no lane idles.
+    least: 16 for 80 classes, where no lane idles. A few steps are unrolled, with every load in
+    flight at once; of many there would be more loads than registers.
     """
     if INTERPRETED:
         step = min(128, triton.next_power_of_2(classes))
-        return INTERPRETED_ELEMENTS // step, step, 4
+        return Config(INTERPRETED_ELEMENTS // step, step, 1, 4)
     steps = [s for s in (1, 2, 4, 8, 16, 32) if s >= min(8, classes)]
     padded = [-(-classes // s) * s for s in steps]
     step = max(s for s, p in zip(steps, padded, strict=True) if p <= 1.03 * min(padded))
-    return 1024 // step, step, 4
-
-
-def unroll(classes: int, step: int) -> int:
-    """Steps that the compiler lays out together: all of a few, with every load in flight at once;
-    of many only two, or 64 registers would not hold what they load.
-    """
-    steps = -(-classes // step)
-    return steps if steps <= 5 else 2
+    count = -(-classes // step)
+    unroll = count if square and count <= 5 else 1
+    logits = 1024 if square and unit > 1 else 512
+    return Config(logits // step, step, unroll, 4)
 
 
 def _launch(
@@ -287,9 +293,8 @@ def _launch(
     if target.dtype is torch.bool:
         target = target.view(torch.uint8)
     per_row = reduction == NONE
-    count, step, warps = config(classes)
-    rows = lay_out(
-        count,
+    square = beta == 2 and form != PROBABILITIES
+    operands = (
         (
             ("pred", layout(pred)),
             ("grad", layout(grad)),
@@ -298,6 +303,7 @@ def _launch(
         ),
         (("score", layout(score)), ("upstream", layout(upstream) if per_row else None)),
     )
+    rows = lay_out(64, *operands)
     if rows is None:
         copies = packed(pred, target, score, weight)
         result = (
@@ -309,6 +315,8 @@ def _launch(
         if grad is not None:
             grad.copy_(result)
         return
+    shape = config(classes, square, rows["PRED_UNIT"])
+    rows = lay_out(shape.rows, *operands)
     if reduction == MEAN:
         scale /= max(pred.numel() // classes, 1)
     sums = loss is not None and not per_row
@@ -328,9 +336,9 @@ def _launch(
             scale,
             beta,
             C=classes,
-            TILE_ROWS=count,
-            STEP=step,
-            UNROLL=unroll(classes, step),
+            TILE_ROWS=shape.rows,
+            STEP=shape.step,
+            UNROLL=shape.unroll,
             maxnreg=64,
             PROBABILITIES=form == PROBABILITIES,
             SQUARE=beta == 2,
@@ -341,7 +349,7 @@ def _launch(
             UPSTREAM=ABSENT if upstream is None else PER_ROW if per_row else SCALAR,
             ACC=acc_type(pred.dtype),
             FAST=fast(),
-            num_warps=warps,
+            num_warps=shape.warps,
             enable_fp_fusion=True,
             **rows,
         )
