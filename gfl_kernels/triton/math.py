@@ -110,13 +110,8 @@ def logistic(x, FAST: tl.constexpr, CAREFUL: tl.constexpr = False):
 
 @triton.jit
 def linear_part(a, tau):
-    """|x| tau: 0 for tau = 0, an infinite logit on the right side, which counts as the largest
-    number.
-    """
-    if a.dtype == tl.float64:
-        return tl.minimum(a, 1.7976931348623157e308) * tau
-    else:
-        return tl.minimum(a, 3.4028234663852886e38) * tau
+    """|x| tau: 0 for tau = 0, an infinite logit on the right side."""
+    return tl.where(tau == 0.0, 0.0, a) * tau
 
 
 @triton.jit
