@@ -410,7 +410,8 @@ struct BoxLossGrad {
 //          alpha = v / (1 - O / U + v) a constant, 0 where O / U <= 0.5 or v = 0; the sum is
 //          clamped into [0, 2]
 //   kCiouAll  the same with alpha at every O / U, and no clamp
-// Derivatives are PyTorch's: half of it to each side where a minimum or maximum is a tie.
+// Derivatives are PyTorch's: half of it to each side where a minimum or maximum is a tie, 0 at the
+// end of a clamp.
 template <typename T>
 GFL_HD BoxLossGrad<T> box_loss_grad(int kind, const T* box, const T* target, scalar_t<T> epsilon) {
   using S = scalar_t<T>;
@@ -419,7 +420,7 @@ GFL_HD BoxLossGrad<T> box_loss_grad(int kind, const T* box, const T* target, sca
   const auto above = [&](T a, T b) {
     return select(a > b, ones, select(a == b, broadcast<T>(S(0.5)), zeros));
   };
-  const auto floor_slope = [&](T a, T floor) { return select(a < floor, zeros, ones); };
+  const auto floor_slope = [&](T a, T floor) { return select(a > floor, ones, zeros); };
   const Overlap<T> o = overlap_and_union(box, target);
   const T width = box[2] - box[0], height = box[3] - box[1];
 
@@ -433,9 +434,8 @@ GFL_HD BoxLossGrad<T> box_loss_grad(int kind, const T* box, const T* target, sca
   const T iou = o.area / area_union;
   const T by_union = union_slope * (iou / area_union);  // of 1 - iou
   if (kind == kIou) {
-    const auto tiny = iou < eps;
-    const T ratio = select(tiny, eps, iou);
-    const T slope = select(tiny, zeros, ones / ratio);
+    const T ratio = select(iou < eps, eps, iou);
+    const T slope = floor_slope(iou, eps) / ratio;
     loss = -logarithm(ratio);
     by_area = slope * by_union;
     by_overlap = -slope / area_union - by_area;
@@ -458,8 +458,8 @@ GFL_HD BoxLossGrad<T> box_loss_grad(int kind, const T* box, const T* target, sca
     } else {
       const T dx = (target[0] + target[2]) - (box[0] + box[2]);
       const T dy = (target[1] + target[3]) - (box[1] + box[3]);
-      const T square = enclosure_width * enclosure_width + enclosure_height * enclosure_height +
-                       epsilon;
+      const T square =
+          enclosure_width * enclosure_width + enclosure_height * enclosure_height + epsilon;
       const T part = (dx * dx + dy * dy) * S(0.25) / square;
       loss = S(1) - (iou - part);
       by_area = by_union;
@@ -491,15 +491,14 @@ GFL_HD BoxLossGrad<T> box_loss_grad(int kind, const T* box, const T* target, sca
   result.loss = loss;
   T scale = ones;
   if (kind == kCiou) {
-    const auto below = loss < S(0), beyond = loss > S(2);
-    result.loss = select(below, zeros, select(beyond, ones + ones, loss));
-    scale = select(below | beyond, zeros, ones);
+    result.loss = select(loss < S(0), zeros, select(loss > S(2), ones + ones, loss));
+    scale = select((loss <= S(0)) | (loss >= S(2)), zeros, ones);
   }
   // A side of the overlap or of C that was cut off at 0 stands still.
-  const T overlap_width = select(o.width < S(0), zeros, o.width);
-  const T overlap_height = select(o.height < S(0), zeros, o.height);
-  const T by_width = select(o.width < S(0), zeros, by_overlap * overlap_height);
-  const T by_height = select(o.height < S(0), zeros, by_overlap * overlap_width);
+  const T overlap_width = select(o.width > S(0), o.width, zeros);
+  const T overlap_height = select(o.height > S(0), o.height, zeros);
+  const T by_width = select(o.width > S(0), by_overlap * overlap_height, zeros);
+  const T by_height = select(o.height > S(0), by_overlap * overlap_width, zeros);
   for (int low = 0; low < 2; ++low) {
     const int high = low + 2;
     const T by_side = low ? by_height : by_width;

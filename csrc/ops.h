@@ -260,7 +260,6 @@ Tensor new_losses(const Place& place, const Tensor& pred, std::vector<int64_t> s
 
 // The tensors of a head and what the three ops share of their arguments; lives as long as a call.
 struct HeadCall {
-  std::vector<Tensor> cls_tensors;
   Views cls, box, points, labels, box_targets, targets, label_weights;
   std::vector<double> strides;
 
@@ -268,8 +267,7 @@ struct HeadCall {
            const std::vector<Tensor>& points_, const std::vector<Tensor>& labels_,
            const std::vector<Tensor>& box_targets_, const std::vector<Tensor>& targets_,
            const std::vector<Tensor>& label_weights_, std::vector<double> strides_)
-      : cls_tensors(cls_),
-        cls(cls_),
+      : cls(cls_),
         box(box_),
         points(points_),
         labels(labels_),
@@ -405,14 +403,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> 
 
 template <typename Device>
 std::vector<Tensor> head_backward(
-    std::optional<Tensor> grad_cls, std::optional<Tensor> grad_bbox,
-    std::optional<Tensor> grad_dfl, std::optional<Tensor> grad_levels_cls,
-    std::optional<Tensor> grad_levels_bbox, std::optional<Tensor> grad_levels_dfl,
-    std::vector<Tensor> cls, std::vector<Tensor> box, std::vector<Tensor> points,
-    std::vector<Tensor> labels, std::vector<Tensor> box_targets, std::vector<Tensor> targets,
-    std::vector<Tensor> label_weights, Tensor quality, Tensor weight, Tensor sums,
-    Tensor normalisers, std::vector<double> strides, int64_t iou, double iou_eps, double limit,
-    double beta, std::vector<double> loss_weights) {
+    std::optional<Tensor> grad_cls, std::optional<Tensor> grad_bbox, std::optional<Tensor> grad_dfl,
+    std::optional<Tensor> grad_levels_cls, std::optional<Tensor> grad_levels_bbox,
+    std::optional<Tensor> grad_levels_dfl, std::vector<Tensor> cls, std::vector<Tensor> box,
+    std::vector<Tensor> points, std::vector<Tensor> labels, std::vector<Tensor> box_targets,
+    std::vector<Tensor> targets, std::vector<Tensor> label_weights, Tensor quality, Tensor weight,
+    Tensor sums, Tensor normalisers, std::vector<double> strides, int64_t iou, double iou_eps,
+    double limit, double beta, std::vector<double> loss_weights) {
   const HeadCall call(cls, box, points, labels, box_targets, targets, label_weights,
                       std::move(strides));
   const Device device(cls[0]);

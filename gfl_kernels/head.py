@@ -104,8 +104,8 @@ def gfl_loss(
     if not isinstance(reg_max, int) or reg_max < 1:
         raise ValueError(f"{name}: reg_max must be an int >= 1, got {reg_max!r}")
     classes = _channels(name, "cls_logits[0]", lists[0][0], 1)
-    for i, level in enumerate(zip(*lists, weights or [None] * len(strides), strict=True)):
-        _check_level(name, f"[{i}]", level, (1, 1), classes, 4 * (reg_max + 1), lists)
+    for i, level in enumerate(zip(*lists, *([weights] if weights else []), strict=True)):
+        _check_level(name, f"[{i}]", level, (1, 1), classes, 4 * (reg_max + 1), (*lists, weights))
     for i, stride in enumerate(strides):
         _check_number(name, f"strides[{i}]", stride)
     if dispatch.DEBUG:
@@ -175,7 +175,8 @@ def task_aligned_loss(
         raise ValueError(
             f"{name}: box_logits must have 4 K channels, K >= 2, along channel_dim, got {channels}"
         )
-    _check_level(name, "", (*(t for (t,) in lists), None), dims, classes, channels, lists, names)
+    level = [t for (t,) in lists]
+    _check_level(name, "", level, dims, classes, channels, lists, names)
     _check_tensor(name, "target_scores", target_scores, cls_logits)
     expected = cls_logits.movedim(channel_dim, -1).shape
     if target_scores.shape != expected:
@@ -261,7 +262,7 @@ def _run(
             normalise=normalise, write_boxes=return_boxes, write_grad=write_grad
         )
         if torch.compiler.is_compiling():
-            *losses, iou, boxes = ops.head_loss(ops.HeadLevels(cls, box, *others), options)
+            *losses, iou, boxes = ops.head_loss((cls, box, *others), options)
         else:
             counts = [len(tensors) for tensors in levels]
             *losses, iou, boxes = ops.apply_head_loss(
@@ -325,24 +326,23 @@ def _channels(name: str, argument: str, tensor, dim: int) -> int:
     return tensor.shape[dim]
 
 
-_NAMES = ("cls_logits", "box_logits", "points", "labels", "box_targets")
+_NAMES = ("cls_logits", "box_logits", "points", "labels", "box_targets", "label_weights")
 
 
 def _check_level(
     name, index, level, dims, classes: int, channels: int, lists, names=_NAMES
 ) -> None:
-    """One level's tensors (label weights last, or None). lists: of all levels, whose dtypes are
-    those of the first."""
-    names = [argument + index for argument in (*names, "label_weights")]
+    """One level's tensors, in the order of names. lists: of all levels, whose dtypes are those of
+    the first."""
+    names = [argument + index for argument in names]
     first = lists[0][0]
-    for argument, tensor, tensors in zip(names, level, (*lists, None), strict=True):
-        if tensor is not None:
-            _check_tensor(name, argument, tensor, first)
-            if tensors is not None and tensor.dtype != tensors[0].dtype:
-                raise TypeError(
-                    f"{name}: {argument} must have the dtype of the first level, "
-                    f"{tensors[0].dtype}, got {tensor.dtype}"
-                )
+    for argument, tensor, tensors in zip(names, level, lists, strict=False):
+        _check_tensor(name, argument, tensor, first)
+        if tensor.dtype != tensors[0].dtype:
+            raise TypeError(
+                f"{name}: {argument} must have the dtype of the first level, "
+                f"{tensors[0].dtype}, got {tensor.dtype}"
+            )
     cls, box = level[:2]
     for argument, tensor in zip(names, (cls, box), strict=False):
         if not tensor.is_floating_point():
@@ -373,6 +373,6 @@ def _check_level(
         (batch, anchors, 4),
         (batch, anchors),
     )
-    for argument, tensor, shape in zip(names, level, shapes, strict=True):
-        if tensor is not None and tensor.shape != shape:
+    for argument, tensor, shape in zip(names, level, shapes, strict=False):
+        if tensor.shape != shape:
             raise _wrong_shape(name, argument, "shape", shape, tensor)

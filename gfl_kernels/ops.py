@@ -257,25 +257,13 @@ class HeadOptions(NamedTuple):
     write_grad: bool
 
 
-class HeadLevels(NamedTuple):
-    """The levels' tensors, as in the schemas; targets or label_weights may have no entries."""
-
-    cls: Sequence[Tensor]
-    box: Sequence[Tensor]
-    points: Sequence[Tensor]
-    labels: Sequence[Tensor]
-    box_targets: Sequence[Tensor]
-    targets: Sequence[Tensor]
-    label_weights: Sequence[Tensor]
-
-
 def _split_levels(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
     starts = [sum(counts[:i]) for i in range(len(counts))]
     return [tensors[start : start + count] for start, count in zip(starts, counts, strict=True)]
 
 
-def head_loss(levels: HeadLevels, options: HeadOptions) -> tuple[Tensor, ...]:
-    """HeadLoss in the form that torch.compile records."""
+def head_loss(levels: Sequence[Sequence[Tensor]], options: HeadOptions) -> tuple[Tensor, ...]:
+    """HeadLoss in the form that torch.compile records; levels: the schemas' seven lists."""
     with torch.no_grad():
         quality, weight, sums, normalisers, boxes = torch.ops.gfl_kernels.head_boxes(
             *levels, *options[:4], options.write_boxes
@@ -290,8 +278,8 @@ def head_loss(levels: HeadLevels, options: HeadOptions) -> tuple[Tensor, ...]:
 class HeadLoss(torch.autograd.Function):
     """The three losses of a head, each per level, the quality and the boxes.
 
-    channel_dims: where the channels of the class and box logits lie. counts: the numbers of levels
-    in each list of HeadLevels, whose tensors follow.
+    channel_dims: where the channels of the class and box logits lie. counts: the lengths of the
+    schemas' seven lists, whose tensors follow.
     """
 
     @staticmethod
@@ -342,11 +330,8 @@ def _are_ones(upstream: Sequence[Tensor | None]) -> bool:
         if (total is None) == (levels is None):
             return False
         grad = total if levels is None else levels
-        if type(grad) is not Tensor:
-            return False
-        # Not item(), which goes through the dispatcher, where a host read is looked for.
-        values = grad.tolist()
-        if (values if levels is None else set(values)) not in (1.0, {1.0}):
+        # tolist() and not item(), which goes through the dispatcher, where host reads are counted.
+        if type(grad) is not Tensor or any(value != 1 for value in grad.flatten().tolist()):
             return False
     return True
 
@@ -411,8 +396,9 @@ def _head_backward(ctx, *upstream):
     lists = _split_levels(tensors, ctx.counts)
     grads = torch.ops.gfl_kernels.head_backward(*upstream[:6], *lists, *assessed, *ctx.constants)
     count = ctx.counts[0]
-    # None for the other lists, the four tensors and the constants.
-    return grads[:count], grads[count:], *[None] * (5 + 4 + len(ctx.constants) + 1)
+    others = ([None] * n for n in ctx.counts[2:])
+    # None for the four tensors, the constants and write_grad, too.
+    return grads[:count], grads[count:], *others, *[None] * (4 + len(ctx.constants) + 1)
 
 
 torch.library.register_autograd(

@@ -283,21 +283,21 @@ def head_loss(
     over the job. boxes: [B, A, 4], decoded, of positives; 0 elsewhere, as is quality.
     """
     dtype = accumulate_dtype(cls[0].dtype)
-    batch, classes, bins = cls[0].shape[0], cls[0].shape[-1], box[0].shape[-1] // 4
+    classes, bins = cls[0].shape[-1], box[0].shape[-1] // 4
     sizes = [math.prod(level.shape[1:-1]) for level in cls]
 
-    def join(levels: Sequence[Tensor], width: int) -> Tensor:
-        return torch.cat([level.reshape(batch, -1, width) for level in levels], dim=1).to(dtype)
+    def join(levels: Sequence[Tensor]) -> Tensor:
+        return torch.cat([level.flatten(1, -2) for level in levels], dim=1).to(dtype)
 
-    x, z = join(cls, classes), join(box, 4 * bins).unflatten(-1, (4, bins))
-    label = torch.cat([level.reshape(batch, -1) for level in labels], dim=1)
+    x, z = join(cls), join(box).unflatten(-1, (4, bins))
+    label = torch.cat(list(labels), dim=1)
     stride = torch.cat(
         [x.new_full((size, 1), s, dtype=dtype) for size, s in zip(sizes, strides, strict=True)]
     )
     point = torch.cat(list(points)).to(dtype) / stride
     target = torch.cat(list(box_targets), dim=1).to(dtype) / stride
     if targets:
-        q = join(targets, classes)
+        q = join(targets)
         positive, weight = label != 0, q.sum(-1)
     else:
         of_class = label.unsqueeze(-1) == torch.arange(classes, device=x.device)

@@ -1,6 +1,8 @@
 // The C functions of gfl_kernels.h: checks what memory safety needs, merges dimensions, cuts the
-// rows into blocks and runs them on libtorch's threads. ops.cpp goes through here too; the losses of
-// a whole head are in head_api.cpp.
+// rows into blocks and runs them on libtorch's threads. ops.cpp goes through here too; the losses
+// of a whole head are in head_api.cpp.
+#include "api.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -12,7 +14,6 @@
 
 #include "../error.h"
 #include "gfl_kernels/gfl_kernels.h"
-#include "api.h"
 
 namespace gfl {
 

@@ -47,9 +47,7 @@ class Head {
 
  private:
   // Where an operand's value of a cell lies. Logits have two dimensions of cells.
-  int64_t at(const Operand& o, int64_t cell) const {
-    return image_ * o.row[0] + cell * o.row[1];
-  }
+  int64_t at(const Operand& o, int64_t cell) const { return image_ * o.row[0] + cell * o.row[1]; }
   int64_t in_plane(const Operand& o, int64_t cell) const {
     return image_ * o.row[0] + cell / p_.width * o.row[1] + cell % p_.width * o.row[2];
   }
@@ -177,7 +175,7 @@ class Head {
         A* const to = reinterpret_cast<A*>(p_.boxes.data) + at(p_.boxes, cells[i]);
         for (int s = 0; s < 4; ++s) to[s] = box[s][i] * stride;
       }
-      sums_.weight += sum_lanes(w);
+      sums_.weight += sum_lanes(first_lanes(w, lanes));
       sums_.bbox += sum_lanes(first_lanes(r.loss * w, lanes));
       sums_.dfl += sum_lanes(first_lanes(dfl * w, lanes));
       return;

@@ -30,8 +30,8 @@ void write(const gfl_view& view, int64_t index, double value) {
 // A level's box loss and DFL in `sums`.
 gfl_view row_of(const gfl_view& sums, int64_t level) {
   char* const data = static_cast<char*>(sums.data);
-  return {data + level * sums.strides[0] * element_bytes(sums.dtype), sums.dtype, 1,
-          sums.sizes + 1, sums.strides + 1};
+  return {data + level * sums.strides[0] * element_bytes(sums.dtype), sums.dtype, 1, sums.sizes + 1,
+          sums.strides + 1};
 }
 
 std::vector<HeadProblem> describe_levels(const char* name, const gfl_head_args& args) {

@@ -1,5 +1,5 @@
-// What the CPU kernels share: runs of values of any dtype out of strided memory, and scratch memory.
-// As all of their code with internal linkage and without std.
+// What the CPU kernels share: runs of values of any dtype out of strided memory, and scratch
+// memory. As all of their code with internal linkage and without std.
 #pragma once
 
 #include "../problem.h"
