@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import gfl_kernels
-from bench import eager
+from bench import eager, machine
 from bench.measure import Stopwatch, WrongResult, block, interleave, ratio
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -115,20 +116,20 @@ def check(inputs: Inputs, table: dict) -> None:
     for name, contestant in table.items():
         loss = contestant(*inputs.leaves)
         grads = torch.autograd.grad(loss, inputs.leaves)
-        found = [(loss, true), *zip(grads, true_grads, strict=True)]
+        found = [(loss.detach(), true.detach()), *zip(grads, true_grads, strict=True)]
         for i, (got, expected) in enumerate(found):
             error = float((got.double() - expected).abs().max() / expected.abs().max())
             if not error <= 1e-5:
                 raise WrongResult(f"{name}: result {i} is off by {error:.3g}")
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a contestant and round")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     inputs = make_inputs(options.channels_last)
     table = contestants(inputs, not options.no_compile)
     check(inputs, table)
@@ -158,4 +159,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    machine.fix_allocator("bench.head", sys.argv[1:])
+    main(sys.argv[1:])

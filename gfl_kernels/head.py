@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -286,9 +287,8 @@ def _normalise(normalisers: Tensor, avg_factor, dense: bool, group) -> Tensor:
         if isinstance(avg_factor, Tensor):
             factor = avg_factor.to(normalisers.dtype).view(())
         else:
-            factor = torch.scalar_tensor(
-                avg_factor, dtype=normalisers.dtype, device=normalisers.device
-            )
+            # A product: out of any other form torch.compile takes the number for a constant.
+            factor = normalisers.new_ones(()) * avg_factor
         return torch.stack([factor, factor if dense else normalisers[1]])
 
 
@@ -358,7 +358,7 @@ def _check_level(
         )
     batch = first.shape[0]
     cells = cls.shape[2:] if dims[0] == 1 else cls.shape[1:-1]
-    anchors = cells.numel()
+    anchors = math.prod(cells)
     if classes == 0:
         raise ValueError(f"{name}: {names[0]} must have at least one class")
 

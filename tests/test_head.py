@@ -496,26 +496,66 @@ def test_no_host_reads(backend, avg_factor):
 
 
 def test_compile(backend):
+    """One graph, also for other sizes of the levels and another avg_factor."""
     torch._dynamo.reset()
-    s = scene()
 
-    def step(cls, box, points, labels, targets, weights):
-        options = {**s.options, "label_weights": weights}
-        out = gfl_loss(cls, box, points, labels, targets, **options, return_boxes=True)
+    def step(cls, box, points, labels, targets, weights, avg_factor):
+        out = gfl_loss(cls, box, points, labels, targets, label_weights=weights, strides=STRIDES[:2],
+                       avg_factor=avg_factor, return_boxes=True)  # fmt: skip
         return sum(out[:3]), out.loss_bbox_levels, out.iou
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    results = []
-    for function in (step, compiled):
-        leaves = [t.detach().requires_grad_() for t in (*s.cls, *s.box)]
-        out = function(leaves[:3], leaves[3:], *s.others, s.options["label_weights"])
-        out[0].backward()
-        results.append((*out, *(leaf.grad for leaf in leaves)))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    # The compiler takes equal sizes for the same one: these are all different.
+    first, second = ((9, 7), (6, 8)), ((10, 12), (13, 14))
+    for sizes, avg_factor in ((first, 3.0), (second, 4.5)):
+        s, results = scene(sizes=sizes, strides=STRIDES[:2]), []
+        with torch._dynamo.config.patch(error_on_recompile=sizes is second):
+            for function in (step, compiled):
+                leaves = [t.detach().requires_grad_() for t in (*s.cls, *s.box)]
+                lists = (leaves[:2], leaves[2:], *s.others, s.options["label_weights"])
+                out = function(*lists, avg_factor)
+                out[0].backward()
+                results.append((*out, *(leaf.grad for leaf in leaves)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def head_arguments(s, dense=False):
+def test_export_leaves_plain_operations(native):
+    s = scene()
+
+    class Model(torch.nn.Module):
+        def forward(self, cls, box, points, labels, targets):
+            return gfl_loss(cls, box, points, labels, targets, strides=STRIDES)[:3]
+
+    program = torch.export.export(Model(), (s.cls, s.box, *s.others))
+    assert "gfl_kernels" not in str(program.graph)
+    got = program.module()(s.cls, s.box, *s.others)
+    torch.testing.assert_close(got, gfl_loss(s.cls, s.box, *s.others, strides=STRIDES)[:3])
+
+
+def test_function_transforms_take_the_reference(native):
+    s = scene(dtype=torch.float64)
+    leaves = tuple((*s.cls, *s.box))
+
+    def total(*leaves):
+        return sum(gfl_loss(leaves[:3], leaves[3:], *s.others, **s.options)[:3])
+
+    got = torch.func.grad(total, argnums=tuple(range(6)))(*leaves)
+    wanted = [t.detach().requires_grad_() for t in leaves]
+    for a, b in zip(got, torch.autograd.grad(total(*wanted), wanted), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_changes_nothing(backend):
+    s = scene(dtype=torch.bfloat16, box_dtype=torch.float32)
+    expected = gfl_loss(s.cls, s.box, *s.others, **s.options)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gfl_loss(s.cls, s.box, *s.others, **s.options)
+    for a, b in zip(got[:6], expected[:6], strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
+def head_arguments(s):
     """Arguments of the op head_forward, out of a scene."""
     levels = [t.movedim(1, -1) for t in s.cls], [t.movedim(1, -1) for t in s.box]
     lists = (*levels, *s.others, [], s.options["label_weights"])
