@@ -182,26 +182,20 @@ def task_aligned_loss(
     expected = cls_logits.movedim(channel_dim, -1).shape
     if target_scores.shape != expected:
         raise _wrong_shape(name, "target_scores", "shape [B, A, C] =", expected, target_scores)
-    options = _options(
-        name,
-        "ciou_all" if iou == "ciou" else iou,
-        1e-7,
-        channels // 4 - 1.01,
-        beta,
-        loss_weights,
-        (1, 4),
-        [1.0],
-    )
+    limit = channels // 4 - 1.01
+    options = _options(name, iou, 1e-7, limit, beta, loss_weights, (1, 4), [1.0], every_iou=True)
     return _run(
         name, dims, (*lists, [target_scores], []), options, avg_factor, process_group, return_boxes
     )
 
 
-def _options(name, iou, iou_eps, limit, beta, loss_weights, divisors, strides) -> ops.HeadOptions:
+def _options(
+    name, iou, iou_eps, limit, beta, loss_weights, divisors, strides, every_iou=False
+) -> ops.HeadOptions:
     """divisors: of the box loss and the DFL, folded into their weights (mmdetection's avg_factor
-    of 1 and of 4 sides, each with its eps)."""
-    kinds = [kind for kind in ops.IOUS if kind != "ciou_all"]
-    if iou not in ops.IOUS:
+    of 1 and of 4 sides, each with its eps). every_iou: "ciou" is reference.box_loss's ciou_all."""
+    kinds = ("iou", "giou", "diou", "ciou")
+    if iou not in kinds:
         raise ValueError(f"{name}: iou must be one of {', '.join(kinds)}, got {iou!r}")
     _check_number(name, "beta", beta)
     if not beta >= 0:
@@ -213,7 +207,7 @@ def _options(name, iou, iou_eps, limit, beta, loss_weights, divisors, strides) -
     cls, bbox, dfl = loss_weights
     return ops.HeadOptions(
         strides=[float(stride) for stride in strides],
-        iou=ops.IOUS[iou],
+        iou=ops.IOUS["ciou_all" if every_iou and iou == "ciou" else iou],
         iou_eps=iou_eps,
         limit=limit,
         beta=float(beta),

@@ -810,7 +810,7 @@ def call(**changes):
         ({"reg_max": 7}, ValueError, r"box_logits\[0\] must have shape \(2, 32, 9, 7\), got"),
         ({"reg_max": 0}, ValueError, "reg_max must be an int >= 1, got 0"),
         ({"beta": -1}, ValueError, "beta must be >= 0"),
-        ({"iou": "siou"}, ValueError, "iou must be one of iou, giou, diou, ciou, got 'siou'"),
+        ({"iou": "ciou_all"}, ValueError, "iou must be one of iou, giou, diou, ciou, got .ciou_all"),
         ({"loss_weights": (1, 2)}, ValueError, "loss_weights must be three numbers"),
         ({"avg_factor": torch.ones(2)}, ValueError, "avg_factor must be a number or a tensor of"),
         (
