@@ -500,8 +500,8 @@ def test_compile(backend):
     torch._dynamo.reset()
 
     def step(cls, box, points, labels, targets, weights, avg_factor):
-        out = gfl_loss(cls, box, points, labels, targets, label_weights=weights, strides=STRIDES[:2],
-                       avg_factor=avg_factor, return_boxes=True)  # fmt: skip
+        options = {"label_weights": weights, "strides": STRIDES[:2], "avg_factor": avg_factor}
+        out = gfl_loss(cls, box, points, labels, targets, **options, return_boxes=True)
         return sum(out[:3]), out.loss_bbox_levels, out.iou
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -810,7 +810,11 @@ def call(**changes):
         ({"reg_max": 7}, ValueError, r"box_logits\[0\] must have shape \(2, 32, 9, 7\), got"),
         ({"reg_max": 0}, ValueError, "reg_max must be an int >= 1, got 0"),
         ({"beta": -1}, ValueError, "beta must be >= 0"),
-        ({"iou": "ciou_all"}, ValueError, "iou must be one of iou, giou, diou, ciou, got .ciou_all"),
+        (
+            {"iou": "ciou_all"},
+            ValueError,
+            "iou must be one of iou, giou, diou, ciou, got .ciou_all",
+        ),
         ({"loss_weights": (1, 2)}, ValueError, "loss_weights must be three numbers"),
         ({"avg_factor": torch.ones(2)}, ValueError, "avg_factor must be a number or a tensor of"),
         (
