@@ -13,7 +13,6 @@ from .launch import (
     COLUMNS,
     INTERPRETED,
     INTERPRETED_ELEMENTS,
-    MAX_PROGRAMS,
     MEAN,
     NONE,
     PER_ROW,
@@ -360,7 +359,6 @@ def distribution_kernel(
     grad,  # [rows, K] or None
     scale: "fp64",
     rows: "i64",  # of the innermost row dimension, in units of ROW_UNIT
-    tiles: "i32",
     tiles_per_run: "i32",
     middle_size: "i32",
     pred_outer: "i64",
@@ -408,137 +406,129 @@ def distribution_kernel(
     factor = scale_factor(scale, avg_factor, ACC)
     if UPSTREAM == 1:
         factor = factor * tl.load(upstream).to(ACC)
-    partial = tl.zeros((), tl.float64)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        outer, middle, row, inside = tile_rows(
-            tile, rows, tiles_per_run, middle_size, GROUPS, TOGETHER, RUNS, False
+    outer, middle, row, inside = tile_rows(
+        rows, tiles_per_run, middle_size, GROUPS, TOGETHER, RUNS, False
+    )
+    pred_at = (in_run(pred, outer, middle, pred_outer, pred_middle, PRED_UNIT), pred_row)
+    grad_at = (
+        None if grad is None else in_run(grad, outer, middle, grad_outer, grad_middle, GRAD_UNIT),
+        grad_row,
+    )
+    target_at = (
+        None if target is None else in_run(target, outer, middle, target_outer, target_middle, 1),
+        target_row,
+    )
+    left_at = (
+        None
+        if weight_left is None
+        else in_run(weight_left, outer, middle, weight_left_outer, weight_left_middle, 1),
+        weight_left_row,
+    )
+    right_at = (
+        None
+        if weight_right is None
+        else in_run(weight_right, outer, middle, weight_right_outer, weight_right_middle, 1),
+        weight_right_row,
+    )
+    weight_at = (
+        None if weight is None else in_run(weight, outer, middle, weight_outer, weight_middle, 1),
+        weight_row,
+    )
+    upstream_at = (None, 0)
+    if UPSTREAM == 2:
+        upstream_at = (
+            in_run(upstream, outer, middle, upstream_outer, upstream_middle, 1),
+            upstream_row,
         )
-        pred_at = (in_run(pred, outer, middle, pred_outer, pred_middle, PRED_UNIT), pred_row)
-        grad_at = (
-            None
-            if grad is None
-            else in_run(grad, outer, middle, grad_outer, grad_middle, GRAD_UNIT),
-            grad_row,
+    loss_at = None
+    if LOSS == 2:
+        loss_at = loss + (outer * middle_size + middle) * rows
+    if WIDE:
+        partial = wide_rows(
+            pred_at,
+            grad_at,
+            target_at,
+            left_at,
+            right_at,
+            weight_at,
+            upstream_at,
+            values,
+            loss_at,
+            pred_column,
+            grad_column,
+            row,
+            inside,
+            factor,
+            K,
+            VECTOR,
+            RUNS,
+            PRED_CONTIGUOUS,
+            PRED_UNIT,
+            GRAD_CONTIGUOUS,
+            GRAD_UNIT,
+            ACC,
+            FAST,
         )
-        target_at = (
-            None
-            if target is None
-            else in_run(target, outer, middle, target_outer, target_middle, 1),
-            target_row,
+    else:
+        partial = held_rows(
+            pred_at,
+            grad_at,
+            target_at,
+            left_at,
+            right_at,
+            weight_at,
+            upstream_at,
+            values,
+            loss_at,
+            pred_column,
+            grad_column,
+            row,
+            inside,
+            factor,
+            K,
+            GROUPS,
+            TOGETHER,
+            VECTOR,
+            CHUNK,
+            PRED_CONTIGUOUS,
+            PRED_UNIT,
+            GRAD_CONTIGUOUS,
+            GRAD_UNIT,
+            ACC,
+            FAST,
         )
-        left_at = (
-            None
-            if weight_left is None
-            else in_run(weight_left, outer, middle, weight_left_outer, weight_left_middle, 1),
-            weight_left_row,
-        )
-        right_at = (
-            None
-            if weight_right is None
-            else in_run(weight_right, outer, middle, weight_right_outer, weight_right_middle, 1),
-            weight_right_row,
-        )
-        weight_at = (
-            None
-            if weight is None
-            else in_run(weight, outer, middle, weight_outer, weight_middle, 1),
-            weight_row,
-        )
-        upstream_at = (None, 0)
-        if UPSTREAM == 2:
-            upstream_at = (
-                in_run(upstream, outer, middle, upstream_outer, upstream_middle, 1),
-                upstream_row,
-            )
-        loss_at = None
-        if LOSS == 2:
-            loss_at = loss + (outer * middle_size + middle) * rows
-        if WIDE:
-            partial += wide_rows(
-                pred_at,
-                grad_at,
-                target_at,
-                left_at,
-                right_at,
-                weight_at,
-                upstream_at,
-                values,
-                loss_at,
-                pred_column,
-                grad_column,
-                row,
-                inside,
-                factor,
-                K,
-                VECTOR,
-                RUNS,
-                PRED_CONTIGUOUS,
-                PRED_UNIT,
-                GRAD_CONTIGUOUS,
-                GRAD_UNIT,
-                ACC,
-                FAST,
-            )
-        else:
-            partial += held_rows(
-                pred_at,
-                grad_at,
-                target_at,
-                left_at,
-                right_at,
-                weight_at,
-                upstream_at,
-                values,
-                loss_at,
-                pred_column,
-                grad_column,
-                row,
-                inside,
-                factor,
-                K,
-                GROUPS,
-                TOGETHER,
-                VECTOR,
-                CHUNK,
-                PRED_CONTIGUOUS,
-                PRED_UNIT,
-                GRAD_CONTIGUOUS,
-                GRAD_UNIT,
-                ACC,
-                FAST,
-            )
-            if TOGETHER > 1:
-                # The rows that do not fill a group, at the end of the last tile.
-                whole = rows // TOGETHER * TOGETHER
-                if whole < rows and tile % tiles_per_run == tiles_per_run - 1:
-                    left_over = whole + tl.arange(0, TOGETHER)
-                    partial += held_rows(
-                        pred_at,
-                        grad_at,
-                        target_at,
-                        left_at,
-                        right_at,
-                        weight_at,
-                        upstream_at,
-                        values,
-                        loss_at,
-                        pred_column,
-                        grad_column,
-                        left_over,
-                        left_over < rows,
-                        factor,
-                        K,
-                        TOGETHER,
-                        1,
-                        1,
-                        1,
-                        PRED_CONTIGUOUS,
-                        PRED_UNIT,
-                        GRAD_CONTIGUOUS,
-                        GRAD_UNIT,
-                        ACC,
-                        FAST,
-                    )
+        if TOGETHER > 1:
+            # The rows that do not fill a group, at the end of the last tile.
+            whole = rows // TOGETHER * TOGETHER
+            if whole < rows and tl.program_id(0) % tiles_per_run == tiles_per_run - 1:
+                left_over = whole + tl.arange(0, TOGETHER)
+                partial += held_rows(
+                    pred_at,
+                    grad_at,
+                    target_at,
+                    left_at,
+                    right_at,
+                    weight_at,
+                    upstream_at,
+                    values,
+                    loss_at,
+                    pred_column,
+                    grad_column,
+                    left_over,
+                    left_over < rows,
+                    factor,
+                    K,
+                    TOGETHER,
+                    1,
+                    1,
+                    1,
+                    PRED_CONTIGUOUS,
+                    PRED_UNIT,
+                    GRAD_CONTIGUOUS,
+                    GRAD_UNIT,
+                    ACC,
+                    FAST,
+                )
     if LOSS == 1:
         finish_sum(partial, factor, loss, partials, counter)
 
@@ -608,8 +598,8 @@ def _launch(
             ("upstream", layout(upstream) if per_row else None),
         ),
     )
-    rows = lay_out(128, *operands)
-    if rows is None:
+    found = lay_out(128, *operands)
+    if found is None:
         copies = packed(pred, target, weight_left, weight_right, weight)
         if per_row:
             (upstream,) = packed(upstream)
@@ -627,6 +617,7 @@ def _launch(
         if grad is not None:
             grad.copy_(result)
         return
+    _, rows = found
     shape = config(
         bins,
         pred.element_size(),
@@ -634,13 +625,13 @@ def _launch(
         rows["RUNS"] == SINGLE and rows["pred_row"] * rows["PRED_UNIT"] == bins,
         min(rows["PRED_UNIT"], rows["PRED_UNIT"] if grad is None else rows["GRAD_UNIT"]),
     )
-    rows = lay_out(shape.groups * shape.together, *operands)
+    tiles, rows = lay_out(shape.groups * shape.together, *operands)
     if reduction == MEAN:
         scale /= max(pred.numel() // bins, 1)
     sums = loss is not None and not per_row
-    partials, counter = sum_workspace(pred.device) if sums else (None, None)
+    partials, counter = sum_workspace(pred.device, tiles) if sums else (None, None)
     with on_device(pred):
-        distribution_kernel[(min(rows["tiles"], MAX_PROGRAMS),)](
+        distribution_kernel[(tiles,)](
             pred,
             target,
             weight_left,

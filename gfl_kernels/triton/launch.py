@@ -21,10 +21,6 @@ INTERPRETED = bool(knobs.runtime.interpret)
 # Of a tile there: what an interpreted operation costs hardly depends on its size.
 INTERPRETED_ELEMENTS = 32768
 
-# A program takes every n-th tile: the last one to finish has this many partial sums to add. A
-# constant, because the order of a sum must not depend on the GPU.
-MAX_PROGRAMS = 8192
-
 # Annotations of kernel arguments, which Triton reads as strings: types that no value changes.
 i32, i64, fp64 = int, int, float
 
@@ -105,7 +101,6 @@ def stride_names(matrices, vectors) -> list[str]:
     steps = ("outer", "middle", "row")
     return [
         "rows",
-        "tiles",
         "tiles_per_run",
         "middle_size",
         *(f"{name}_{step}" for name in (*matrices, *vectors) for step in steps),
@@ -118,8 +113,9 @@ def lay_out(
     tile_rows: int,
     matrices: tuple[tuple[str, Layout | None], ...],
     vectors: tuple[tuple[str, Layout | None], ...],
-) -> dict | None:
-    """The kernel arguments that say where rows lie: sizes, strides, contiguous dimensions, tiles.
+) -> tuple[int, dict] | None:
+    """(number of tiles, the kernel arguments that say where rows lie: sizes, strides, contiguous
+    dimensions).
 
     matrices, vectors: (name, layout) of the operands. The first matrix is the logits; others may
     have a value per row too, as vectors always do. None if the rows need more than ROW_DIMS
@@ -173,10 +169,9 @@ def lay_out(
     # A division for every row costs less than tiles that are mostly empty.
     if runs > 1 and arguments["PRED_CONTIGUOUS"] != ROWS and 2 * rows < tile_rows:
         kind, tiles, tiles_per_run = SHORT, -(-runs * rows // tile_rows), runs
-    return arguments | {
+    return tiles, arguments | {
         "rows": rows // row_unit,
         "ROW_UNIT": row_unit,
-        "tiles": tiles,
         "tiles_per_run": tiles_per_run,
         "middle_size": middle,
         "RUNS": kind,
@@ -204,7 +199,6 @@ def columns_ahead(count, column_stride, CONTIGUOUS: tl.constexpr, UNIT: tl.const
 
 @triton.jit
 def tile_rows(
-    tile,
     rows,
     tiles_per_run,
     middle_size,
@@ -213,12 +207,13 @@ def tile_rows(
     RUNS: tl.constexpr,
     CLAMPED: tl.constexpr,
 ):
-    """(outer, middle, row, inside) of the rows of a tile, COUNT groups of TOGETHER neighbours: the
-    first row of each group, and whether all of it is there. In int64.
+    """(outer, middle, row, inside) of the rows of this program's tile, COUNT groups of TOGETHER
+    neighbours: the first row of each group, and whether all of it is there. In int64.
 
     RUNS: SINGLE, LONG (tiles stay in a run of the innermost dimension: outer and middle are
     scalars) or SHORT (every row has its own). CLAMPED: rows past the end repeat the last one.
     """
+    tile = tl.program_id(0)
     outer, middle = 0, 0
     if RUNS == 1:
         run = tile // tiles_per_run
@@ -268,12 +263,12 @@ def element_mask(read, columns, COUNT: tl.constexpr, STEP: tl.constexpr, CLAMPED
 
 
 @triton.jit
-def load_elements(pointers, mask, ACC: tl.constexpr, FAST: tl.constexpr):
-    """Elements of a matrix; 0 where masked."""
+def load_elements(pointers, mask, other, ACC: tl.constexpr, FAST: tl.constexpr):
+    """Elements of a matrix; other where masked."""
     if mask is None:
         values = tl.load(pointers)
     else:
-        values = tl.load(pointers, mask=mask, other=0)
+        values = tl.load(pointers, mask=mask, other=other)
     if FAST and values.dtype == tl.bfloat16:
         # Two instructions for a pair. The compiler unpacks in five, and twice: it compares in
         # bfloat16 what is compared in float32 here.
@@ -332,11 +327,11 @@ def finish_sum(partial, factor, loss, partials, counter):
 _workspaces: dict[tuple, tuple[Tensor, Tensor]] = {}
 
 
-def sum_workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+def sum_workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
     """(partials, counter) for finish_sum: launches that share one must run one after the other."""
 
     def make() -> tuple[Tensor, Tensor]:
-        partials = torch.empty(MAX_PROGRAMS, dtype=torch.float64, device=device)
+        partials = torch.empty(max(programs, 8192), dtype=torch.float64, device=device)
         return partials, torch.zeros(1, dtype=torch.int32, device=device)
 
     if device.type == "cpu":  # interpreted, or a simulated device
@@ -345,7 +340,7 @@ def sum_workspace(device: torch.device) -> tuple[Tensor, Tensor]:
         return make()  # a graph may be replayed beside what runs on this stream
     else:
         key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _workspaces:
+    if key not in _workspaces or _workspaces[key][0].numel() < programs:
         _workspaces[key] = make()
     return _workspaces[key]
 

@@ -2,7 +2,8 @@
 
 Elementwise in float32 or float64, no load or store; anything of a shape that broadcasts. FAST is a
 compile-time flag: the target is CUDA, whose approximate instructions are used where a float32
-result stays within the stated error. The interpreter and AMD take the portable expression.
+result stays within the stated error. The interpreter and AMD take the portable expression. HALF is
+another: x was a half float.
 
 Errors are relative and count every approximation at the maximum its PTX instruction documents.
 """
@@ -47,9 +48,10 @@ def reciprocal(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def log1p_unit(e):
+def log1p_unit(e, HALF: tl.constexpr = False):
     """log(1 + e). Valid: e in [0, 1], NaN. Error: 3.4e-7 (float32; a term less than csrc/math.h,
-    because here every instruction shows), 3e-16 (float64).
+    because here every instruction shows), 3e-16 (float64), 8.6e-6 (HALF: for logits that were
+    rounded to 2^-12 at best, 28 times as much).
 
     Not log(1 + e): in float32 that is 0 for every e below 6e-8, a logit of -17. Nor lg2.approx,
     which is good to 2^-22 absolute only.
@@ -57,6 +59,13 @@ def log1p_unit(e):
     if e.dtype == tl.float64:
         u = 1.0 + e
         return tl.log(u) + (e - (u - 1.0)) / u  # the correction restores what 1 + e rounds away
+    elif HALF:
+        p = e * -0.02386915497481823 + 0.10122229158878326
+        p = p * e - 0.21004869043827057
+        p = p * e + 0.3252066671848297
+        p = p * e - 0.4993613660335541
+        p = p * e + 0.9999915957450867
+        return p * e
     else:
         p = e * -0.008539197801925138 + 0.04408959149373808
         p = p * e - 0.10768165299070905
@@ -69,19 +78,36 @@ def log1p_unit(e):
 
 
 @triton.jit
-def logarithm(v):
-    """log(v). Valid: normal v > 0, NaN. Error: 1.2e-7 (float32), 2.3e-16 (float64)."""
-    return tl.log(v)
+def logarithm(v, FAST: tl.constexpr = False):
+    """log(v). Valid: v > 0, NaN; 0 gives -inf. Error: 1.2e-7 (float32), 2.3e-16 (float64); 3.5e-7
+    for v <= 1/2 (float32, FAST: lg2.approx is good to 2^-22 absolute, near 1 that is not enough).
+    """
+    if FAST and v.dtype == tl.float32:
+        log2_v = tl.inline_asm_elementwise(
+            "lg2.approx.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return log2_v * 0.6931471805599453
+    else:
+        return tl.log(v)
 
 
 @triton.jit
-def log1m(p):
-    """log(1 - p). Valid: p in [0, 1), NaN. Error: 1.5e-7 (float32), 3.6e-16 (float64).
-
-    The correction restores what 1 - p rounds away for small p.
+def log1m(p, FAST: tl.constexpr):
+    """log(1 - p). Valid: p in [0, 1/2], NaN. Error: 1.5e-7, or 2.9e-7 if FAST (float32), 3.6e-16
+    (float64).
     """
-    u = 1.0 - p
-    return logarithm(u) - (p - (1.0 - u)) / u
+    if FAST and p.dtype == tl.float32:
+        y = p * 1.184933066368103 - 1.081543207168579
+        y = y * p + 0.7854332327842712
+        y = y * p + 0.03801724687218666
+        y = y * p + 0.2722506821155548
+        y = y * p + 0.33186259865760803
+        y = y * p + 0.5000365376472473
+        y = y * p + 0.9999998807907104
+        return -(y * p)
+    else:
+        u = 1.0 - p
+        return tl.log(u) - (p - (1.0 - u)) / u  # the correction restores what 1 - p rounds away
 
 
 @triton.jit
@@ -94,7 +120,7 @@ def pow_abs(log_abs_d, beta):
 
 
 @triton.jit
-def logistic(x, FAST: tl.constexpr, CAREFUL: tl.constexpr = False):
+def logistic(x, FAST: tl.constexpr, HALF: tl.constexpr, CAREFUL: tl.constexpr = False):
     """(log1p_e, w, ds, a, e, r), what every formula on logits starts from.
 
     With a = |x|, e = exp(-a): r = 1 / (1 + e), w = e / (1 + e) = sigmoid(-a), ds = s (1 - s) =
@@ -105,7 +131,7 @@ def logistic(x, FAST: tl.constexpr, CAREFUL: tl.constexpr = False):
     e = exponential(-a, CAREFUL)
     r = reciprocal(e + 1.0, FAST)
     w = e * r
-    return log1p_unit(e), w, w * r, a, e, r
+    return log1p_unit(e, HALF), w, w * r, a, e, r
 
 
 @triton.jit
@@ -115,9 +141,23 @@ def linear_part(a, tau):
 
 
 @triton.jit
-def quality_square_loss_grad(x, q, FAST: tl.constexpr):
+def quality_background_loss_grad(x, FAST: tl.constexpr, HALF: tl.constexpr):
+    """Quality Focal Loss with beta = 2 on a background element, q = 0: L = s^2 softplus(x),
+    dL/dx = s^2 (s + 2 (1 - s) softplus(x)).
+    """
+    log1p_e, w, _, _, _, r = logistic(x, FAST, HALF)
+    positive = x >= 0.0
+    s = tl.where(positive, r, w)
+    b = log1p_e + tl.where(positive, x, 0.0)
+    square = s * s
+    rest = tl.where(positive, w, r)  # 1 - s
+    return square * b, square * ((rest * b) * 2.0 + s)
+
+
+@triton.jit
+def quality_square_loss_grad(x, q, FAST: tl.constexpr, HALF: tl.constexpr):
     """Quality Focal Loss with beta = 2: L = d^2 B, dL/dx = d^2 d + 2 d s (1 - s) B."""
-    log1p_e, w, ds, a, _, _ = logistic(x, FAST)
+    log1p_e, w, ds, a, _, _ = logistic(x, FAST, HALF)
     positive = x >= 0.0
     tau = tl.where(positive, 1.0 - q, q)
     b = linear_part(a, tau) + log1p_e
@@ -137,7 +177,7 @@ def quality_loss_grad(x, q, beta, FAST: tl.constexpr):
     """
     # To the last digit, w again with the exact remainder of its division: for beta < 1 the slope at
     # small d multiplies the error.
-    log1p_e, w, ds, a, e, r = logistic(x, FAST, CAREFUL=True)
+    log1p_e, w, ds, a, e, r = logistic(x, FAST, HALF=False, CAREFUL=True)
     total = e + 1.0
     w = w + (tl.fma(-w, total, e) - w * (e - (total - 1.0))) * r
     positive = x >= 0.0
@@ -156,45 +196,55 @@ def quality_loss_grad(x, q, beta, FAST: tl.constexpr):
 
 
 @triton.jit
-def quality_probability_loss_grad(p, q, beta, SQUARE: tl.constexpr):
+def quality_probability_loss_grad(
+    p, q, beta, SQUARE: tl.constexpr, BACKGROUND: tl.constexpr, FAST: tl.constexpr
+):
     """Quality Focal Loss on probabilities: L = |d|^beta B, d = p - q, B = -q log p -
     (1 - q) log(1 - p) with logs clamped at -100; dL/dp = |d|^beta d / max(p (1 - p), 1e-12) +
     beta |d|^(beta - 1) sign(d) B: F.binary_cross_entropy's rules.
 
-    SQUARE: beta is 2.
+    SQUARE: beta is 2. BACKGROUND: q is 0.
     """
     if p.dtype == tl.float64:
         smallest = 2.2250738585072014e-308
+        scale, log_scale = 1.0, 0.0
     else:
         smallest = 1.1754943508222875e-38
-    beyond = (p < 0.0) | (p > 1.0)
-    d = p - q
-    p = tl.where(p < 0.0, 0.0, tl.where(p > 1.0, 1.0, p))
-    at_zero = p == 0.0
-    at_one = p == 1.0
-    # A denormal p, sigmoid(-95) in float32, has a logarithm too.
-    tiny = p < smallest
-    normal = tl.where(at_zero, 1.0, tl.where(tiny, p * 18446744073709551616.0, p))  # 2^64
-    log_p = logarithm(normal) - tl.where(tiny, 44.3614195558364998, 0.0)  # 64 ln 2
-    log_p = tl.where(at_zero, -100.0, tl.where(log_p < -100.0, -100.0, log_p))
-    log_1mp = tl.where(at_one, -100.0, log1m(tl.where(at_one, 0.0, p)))
-    log_1mp = tl.where(log_1mp < -100.0, -100.0, log_1mp)
-    b = -(q * log_p) - (1.0 - q) * log_1mp
-    size = tl.abs(d)
-    zero = size < smallest
-    safe = tl.where(zero, 1.0, size)
+        scale, log_scale = 18446744073709551616.0, 44.3614195558364998  # 2^64
+    d = p
+    if not BACKGROUND:
+        d = p - q
+    # m is the smaller of p and 1 - p. Its logarithm is far from 0, the other's is log(1 - m).
+    u = 1.0 - p
+    upper = p >= 0.5
+    m = tl.where(upper, u, p)
+    beyond = m < 0.0
+    m = tl.where(beyond, 0.0, m)
+    near = log1m(m, FAST)
+    if FAST:
+        far = logarithm(m, FAST)
+    else:  # a denormal, sigmoid(-95) in float32, has a logarithm too
+        tiny = m < smallest
+        far = logarithm(tl.where(tiny, m * scale, m)) - tl.where(tiny, log_scale, 0.0)
+    far = tl.where(far < -100.0, -100.0, far)
+    b = -tl.where(upper, far, near)
+    if not BACKGROUND:
+        b = (1.0 - q) * b - q * tl.where(upper, near, far)
     if SQUARE:  # |d|^beta and beta |d|^(beta - 1) sign(d)
         power = d * d
         slope = d + d
     else:
+        size = tl.abs(d)
+        zero = size < smallest
+        safe = tl.where(zero, 1.0, size)
         power = tl.where(zero, tl.where(beta == 0.0, 1.0, 0.0), pow_abs(logarithm(safe), beta))
         slope = beta * (power / safe)
         slope = tl.where(zero, 0.0, tl.where(d > 0.0, slope, -slope))
     # The float that PyTorch has in every dtype. NaN stays NaN.
-    spread = p * (1.0 - p)
+    spread = m - m * m
     spread = tl.where(spread < 9.999999960041972e-13, 9.999999960041972e-13, spread)
-    # A clamped p stands still: only |d|^beta still depends on it.
-    bce_slope = tl.where(beyond, 0.0, (p - q) / spread)
+    # A p beyond [0, 1] stands still in B: only |d|^beta still depends on it.
+    bce_slope = tl.where(beyond, 0.0, d * reciprocal(spread, FAST))
     return power * b, power * bce_slope + slope * b
 
 

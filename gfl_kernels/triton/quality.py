@@ -11,12 +11,12 @@ from .launch import (
     ABSENT,
     INTERPRETED,
     INTERPRETED_ELEMENTS,
-    MAX_PROGRAMS,
     MEAN,
     NONE,
     PER_ELEMENT,
     PER_ROW,
     PROBABILITIES,
+    ROWS,
     SCALAR,
     acc_type,
     beside_columns,
@@ -40,10 +40,19 @@ from .launch import (
     sum_workspace,
     tile_rows,
 )
-from .math import quality_loss_grad, quality_probability_loss_grad, quality_square_loss_grad
+from .math import (
+    quality_background_loss_grad,
+    quality_loss_grad,
+    quality_probability_loss_grad,
+    quality_square_loss_grad,
+)
 
 _MATRICES = ("pred", "grad", "target", "weight")
 _VECTORS = ("score", "upstream")
+
+# From so many classes on it pays to work out the label's element apart from the background, whose
+# formulas are shorter.
+APART_CLASSES = tl.constexpr(33)
 
 
 @triton.jit
@@ -56,6 +65,28 @@ def class_index(label, C: tl.constexpr):
     else:
         label = label.to(tl.int64)
         return tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
+
+
+@triton.jit
+def element_loss_grad(
+    x,
+    q,
+    beta,
+    BACKGROUND: tl.constexpr,  # q is 0
+    PROBABILITIES: tl.constexpr,
+    SQUARE: tl.constexpr,
+    FAST: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """(loss, gradient) of an element in whatever form x and beta have."""
+    if PROBABILITIES:
+        return quality_probability_loss_grad(x, q, beta, SQUARE, BACKGROUND, FAST)
+    elif not SQUARE:
+        return quality_loss_grad(x, q, beta, FAST)
+    elif BACKGROUND:
+        return quality_background_loss_grad(x, FAST, HALF)
+    else:
+        return quality_square_loss_grad(x, q, FAST, HALF)
 
 
 @triton.jit(do_not_specialize=stride_names(_MATRICES, _VECTORS))
@@ -73,7 +104,6 @@ def quality_kernel(
     scale: "fp64",
     beta: "fp64",
     rows: "i64",  # of the innermost row dimension, in units of ROW_UNIT
-    tiles: "i32",
     tiles_per_run: "i32",
     middle_size: "i32",
     pred_outer: "i64",
@@ -127,122 +157,145 @@ def quality_kernel(
     """
     rows = rows * ROW_UNIT
     beta = tl.full((), beta, ACC)
+    HALF: tl.constexpr = pred.dtype.element_ty.primitive_bitwidth == 16
+    OFF: tl.constexpr = 0.0 if PROBABILITIES else float("-inf")
+    LABEL_APART: tl.constexpr = score is not None and C >= APART_CLASSES
     factor = scale_factor(scale, avg_factor, ACC)
     row_factor = factor
     if UPSTREAM == 1:
         row_factor = factor * tl.load(upstream).to(ACC)
-    partial = tl.zeros((), tl.float64)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        # Unless rows lie next to each other, those past the end repeat the last one, and no load
-        # needs a mask.
-        CLAMPED: tl.constexpr = PRED_CONTIGUOUS != 2 and WEIGHT != 2
-        outer, middle, row, inside = tile_rows(
-            tile, rows, tiles_per_run, middle_size, TILE_ROWS, 1, RUNS, CLAMPED
+    # Unless rows lie next to each other, those past the end repeat the last one, and no load needs
+    # a mask.
+    CLAMPED: tl.constexpr = PRED_CONTIGUOUS != 2 and WEIGHT != 2
+    outer, middle, row, inside = tile_rows(
+        rows, tiles_per_run, middle_size, TILE_ROWS, 1, RUNS, CLAMPED
+    )
+    read = inside
+    w = tl.where(inside, 1.0, 0.0).to(ACC)
+    if WEIGHT == 2:
+        start = outer * weight_outer + middle * weight_middle
+        w = row_values(weight, start + row * weight_row, inside).to(ACC)
+        read = w != 0.0
+    g_factor = w * row_factor
+    if UPSTREAM == 2:
+        start = outer * upstream_outer + middle * upstream_middle
+        up = row_values(upstream, start + row * upstream_row, inside).to(ACC)
+        # A row of weight 0 stays out whatever comes from upstream.
+        g_factor = tl.where(read, g_factor * up, 0.0)
+    if score is not None:
+        start = outer * target_outer + middle * target_middle
+        label = class_index(row_values(target, start + row * target_row, inside), C)
+        start = outer * score_outer + middle * score_middle
+        quality = row_values(score, start + row * score_row, inside).to(ACC)
+    if LABEL_APART:
+        # The label's own element; all others are background.
+        has_label = read & (label >= 0)
+        start = outer * pred_outer + middle * pred_middle
+        label_at = pred + matrix_offsets(
+            start, row, label, pred_row, pred_column, PRED_CONTIGUOUS, PRED_UNIT
         )
-        read = inside
-        w = tl.where(inside, 1.0, 0.0).to(ACC)
-        if WEIGHT == 2:
+        x_label = tl.load(label_at, mask=has_label, other=0).to(ACC)
+        label_loss, label_grad = element_loss_grad(
+            x_label, quality, beta, False, PROBABILITIES, SQUARE, FAST, HALF
+        )
+        label_loss = tl.where(has_label, label_loss, 0.0)
+        label_grad = tl.where(has_label, label_grad, 0.0)
+        if WEIGHT == 3:
             start = outer * weight_outer + middle * weight_middle
-            w = row_values(weight, start + row * weight_row, inside).to(ACC)
-            read = w != 0.0
-        g_factor = w * row_factor
-        if UPSTREAM == 2:
-            start = outer * upstream_outer + middle * upstream_middle
-            up = row_values(upstream, start + row * upstream_row, inside).to(ACC)
-            # A row of weight 0 stays out whatever comes from upstream.
-            g_factor = tl.where(read, g_factor * up, 0.0)
-        if score is not None:
-            start = outer * target_outer + middle * target_middle
-            label = class_index(row_values(target, start + row * target_row, inside), C)[:, None]
-            start = outer * score_outer + middle * score_middle
-            quality = row_values(score, start + row * score_row, inside).to(ACC)[:, None]
+            label_at = weight + matrix_offsets(
+                start, row, label, weight_row, weight_column, WEIGHT_CONTIGUOUS, WEIGHT_UNIT
+            )
+            w_label = tl.load(label_at, mask=has_label, other=0).to(ACC)
+            label_loss = tl.where(w_label == 0.0, 0.0, label_loss * w_label)
 
-        outer_ = beside_columns(outer, RUNS)
-        middle_ = beside_columns(middle, RUNS)
-        at = row[:, None]
-        first_columns = tl.arange(0, STEP)[None, :]
-        if score is not None:
-            # Classes from a lane's own to the label: steps compare it with a constant.
-            ahead = label - first_columns
-        pred_at = pred + matrix_offsets(
-            outer_ * pred_outer + middle_ * pred_middle,
+    outer_ = beside_columns(outer, RUNS)
+    middle_ = beside_columns(middle, RUNS)
+    at = row[:, None]
+    first_columns = tl.arange(0, STEP)[None, :]
+    if score is not None:
+        # Classes from a lane's own to the label: steps compare it with a constant.
+        ahead = label[:, None] - first_columns
+    pred_at = pred + matrix_offsets(
+        outer_ * pred_outer + middle_ * pred_middle,
+        at,
+        first_columns,
+        pred_row,
+        pred_column,
+        PRED_CONTIGUOUS,
+        PRED_UNIT,
+    )
+    if score is None:
+        target_at = target + matrix_offsets(
+            outer_ * target_outer + middle_ * target_middle,
             at,
             first_columns,
-            pred_row,
-            pred_column,
-            PRED_CONTIGUOUS,
-            PRED_UNIT,
+            target_row,
+            target_column,
+            TARGET_CONTIGUOUS,
+            TARGET_UNIT,
         )
+    if WEIGHT == 3:
+        weight_at = weight + matrix_offsets(
+            outer_ * weight_outer + middle_ * weight_middle,
+            at,
+            first_columns,
+            weight_row,
+            weight_column,
+            WEIGHT_CONTIGUOUS,
+            WEIGHT_UNIT,
+        )
+    if grad is not None:
+        grad_at = grad + matrix_offsets(
+            outer_ * grad_outer + middle_ * grad_middle,
+            at,
+            first_columns,
+            grad_row,
+            grad_column,
+            GRAD_CONTIGUOUS,
+            GRAD_UNIT,
+        )
+    total = tl.zeros((TILE_ROWS, STEP), ACC)
+    for first_class in tl.range(0, C, STEP, loop_unroll_factor=UNROLL):
+        c = first_class + first_columns
+        mask = element_mask(read, c, C, STEP, CLAMPED)
+        # An element that counts 0 is one that is surely background.
+        x = load_elements(pred_at, mask, OFF, ACC, FAST)
         if score is None:
-            target_at = target + matrix_offsets(
-                outer_ * target_outer + middle_ * target_middle,
-                at,
-                first_columns,
-                target_row,
-                target_column,
-                TARGET_CONTIGUOUS,
-                TARGET_UNIT,
-            )
+            q = load_elements(target_at, mask, 0.0, ACC, FAST)
+            target_at += columns_ahead(STEP, target_column, TARGET_CONTIGUOUS, TARGET_UNIT)
+        else:
+            here = ahead == first_class
+            if LABEL_APART:
+                x = tl.where(here, OFF, x)
+                q = 0.0
+            else:
+                q = tl.where(here, quality[:, None], 0.0)
+        element, g = element_loss_grad(x, q, beta, LABEL_APART, PROBABILITIES, SQUARE, FAST, HALF)
+        if LABEL_APART and grad is not None:
+            g = tl.where(here, label_grad[:, None], g)
         if WEIGHT == 3:
-            weight_at = weight + matrix_offsets(
-                outer_ * weight_outer + middle_ * weight_middle,
-                at,
-                first_columns,
-                weight_row,
-                weight_column,
-                WEIGHT_CONTIGUOUS,
-                WEIGHT_UNIT,
-            )
+            we = load_elements(weight_at, mask, 0.0, ACC, FAST)
+            weight_at += columns_ahead(STEP, weight_column, WEIGHT_CONTIGUOUS, WEIGHT_UNIT)
+            element = tl.where(we == 0.0, 0.0, element * we)  # 0 even where the loss is NaN
+            g = tl.where(we == 0.0, 0.0, g * we)
+        if LOSS != 0:
+            total += element
         if grad is not None:
-            grad_at = grad + matrix_offsets(
-                outer_ * grad_outer + middle_ * grad_middle,
-                at,
-                first_columns,
-                grad_row,
-                grad_column,
-                GRAD_CONTIGUOUS,
-                GRAD_UNIT,
-            )
-        total = tl.zeros((TILE_ROWS, STEP), ACC)
-        for first_class in tl.range(0, C, STEP, loop_unroll_factor=UNROLL):
-            c = first_class + first_columns
-            mask = element_mask(read, c, C, STEP, CLAMPED)
-            x = load_elements(pred_at, mask, ACC, FAST)
-            if score is not None:
-                q = tl.where(ahead == first_class, quality, 0.0)
-            else:
-                q = load_elements(target_at, mask, ACC, FAST)
-                target_at += columns_ahead(STEP, target_column, TARGET_CONTIGUOUS, TARGET_UNIT)
-            if PROBABILITIES:
-                element, g = quality_probability_loss_grad(x, q, beta, SQUARE)
-            elif SQUARE:
-                element, g = quality_square_loss_grad(x, q, FAST)
-            else:
-                element, g = quality_loss_grad(x, q, beta, FAST)
-            if WEIGHT == 3:
-                we = load_elements(weight_at, mask, ACC, FAST)
-                weight_at += columns_ahead(STEP, weight_column, WEIGHT_CONTIGUOUS, WEIGHT_UNIT)
-                element = tl.where(we == 0.0, 0.0, element * we)  # 0 even where the loss is NaN
-                g = tl.where(we == 0.0, 0.0, g * we)
-            if LOSS != 0:
-                if C % STEP != 0:
-                    element = tl.where(c < C, element, 0.0)
-                total += element
-            if grad is not None:
-                g = g * g_factor[:, None]
-                writes = element_mask(inside, c, C, STEP, False)
-                tl.store(grad_at, g.to(grad.dtype.element_ty), mask=writes)
-                grad_at += columns_ahead(STEP, grad_column, GRAD_CONTIGUOUS, GRAD_UNIT)
-            pred_at += columns_ahead(STEP, pred_column, PRED_CONTIGUOUS, PRED_UNIT)
-        if LOSS == 1:
-            if WEIGHT == 2:
-                total = total * w[:, None]
-            partial += tl.sum(tl.where(inside[:, None], total, 0.0)).to(tl.float64)
-        if LOSS == 2:
-            row_loss = tl.sum(total, axis=1) * (w * factor)
-            tl.store(loss + ((outer * middle_size + middle) * rows + row), row_loss, mask=inside)
+            g = g * g_factor[:, None]
+            writes = element_mask(inside, c, C, STEP, False)
+            tl.store(grad_at, g.to(grad.dtype.element_ty), mask=writes)
+            grad_at += columns_ahead(STEP, grad_column, GRAD_CONTIGUOUS, GRAD_UNIT)
+        pred_at += columns_ahead(STEP, pred_column, PRED_CONTIGUOUS, PRED_UNIT)
+    if LOSS != 0:
+        row_loss = tl.sum(total, axis=1)
+        if LABEL_APART:
+            row_loss += label_loss
     if LOSS == 1:
+        partial = tl.sum(tl.where(inside, row_loss * w, 0.0))
         finish_sum(partial, factor, loss, partials, counter)
+    if LOSS == 2:
+        at_loss = (outer * middle_size + middle) * rows + row
+        tl.store(loss + at_loss, row_loss * (w * factor), mask=inside)
 
 
 class Config(NamedTuple):
@@ -252,25 +305,39 @@ class Config(NamedTuple):
     warps: int
 
 
-def config(classes: int, square: bool, unit: int) -> Config:
-    """The tile, by arithmetic: for beta = 2 1024 logits a step, two 16-byte vectors of float32 for
-    each of 128 threads. Half of that for the longer formulas, and where logits move one by one
-    (unit: elements to a multiple of which strides are aligned), or 64 registers would not hold it.
+def config(
+    classes: int,
+    itemsize: int,
+    unit: int,  # elements to a multiple of which strides are aligned
+    planes: bool,  # rows lie next to each other: NCHW
+    square: bool,
+    dense: bool,
+    both: bool,  # loss and gradient
+    probabilities: bool,
+) -> Config:
+    """The tile, by arithmetic: 8 logits a lane and step, in vectors of 16 bytes; 4 where there are
+    no vectors, or 64 registers would not hold more.
 
-    The step is the largest power of two up to 32 whose padding costs at most 3 % more than the
-    least: 16 for 80 classes, where no lane idles. A few steps are unrolled, with every load in
-    flight at once; of many there would be more loads than registers.
+    A step is 32 bytes of a row, a whole sector: the fewer lanes share a row, the less often what a
+    row has is worked out. Of planes it is 8 classes, a lane having neighbouring rows; without
+    vectors 32. It is a smaller power of two if padding would cost over 3 % more than the least. A
+    few steps are unrolled, with their loads in flight at once, if registers allow.
     """
     if INTERPRETED:
         step = min(128, triton.next_power_of_2(classes))
         return Config(INTERPRETED_ELEMENTS // step, step, 1, 4)
-    steps = [s for s in (1, 2, 4, 8, 16, 32) if s >= min(8, classes)]
+    half = itemsize == 2
+    vector = min(unit, 16 // itemsize)
+    narrow = vector == 1 or itemsize == 8 or not square or (both and dense)
+    largest = 8 if planes else 32 if vector == 1 else max(8, 32 // itemsize)
+    steps = [s for s in (1, 2, 4, 8, 16, 32) if min(8, classes) <= s <= largest]
     padded = [-(-classes // s) * s for s in steps]
     step = max(s for s, p in zip(steps, padded, strict=True) if p <= 1.03 * min(padded))
     count = -(-classes // step)
-    unroll = count if square and count <= 5 else 1
-    logits = 1024 if square and unit > 1 else 512
-    return Config(logits // step, step, unroll, 4)
+    crowded = itemsize == 8 or not square or (half and (both or probabilities))
+    unroll = count if count <= 10 and not crowded else 1
+    logits = 1024 if (planes or half) and not narrow else 512
+    return Config(logits // step, step, unroll, logits // (32 * max(vector, 4 if narrow else 8)))
 
 
 def _launch(
@@ -293,7 +360,7 @@ def _launch(
     if target.dtype is torch.bool:
         target = target.view(torch.uint8)
     per_row = reduction == NONE
-    square = beta == 2 and form != PROBABILITIES
+    square = beta == 2
     operands = (
         (
             ("pred", layout(pred)),
@@ -303,8 +370,8 @@ def _launch(
         ),
         (("score", layout(score)), ("upstream", layout(upstream) if per_row else None)),
     )
-    rows = lay_out(64, *operands)
-    if rows is None:
+    found = lay_out(64, *operands)
+    if found is None:
         copies = packed(pred, target, score, weight)
         result = (
             None if grad is None else torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
@@ -315,14 +382,24 @@ def _launch(
         if grad is not None:
             grad.copy_(result)
         return
-    shape = config(classes, square, rows["PRED_UNIT"])
-    rows = lay_out(shape.rows, *operands)
+    _, rows = found
+    shape = config(
+        classes,
+        pred.element_size(),
+        rows["PRED_UNIT"],
+        rows["PRED_CONTIGUOUS"] == ROWS,
+        square,
+        score is None,
+        loss is not None and grad is not None,
+        form == PROBABILITIES,
+    )
+    tiles, rows = lay_out(shape.rows, *operands)
     if reduction == MEAN:
         scale /= max(pred.numel() // classes, 1)
     sums = loss is not None and not per_row
-    partials, counter = sum_workspace(pred.device) if sums else (None, None)
+    partials, counter = sum_workspace(pred.device, tiles) if sums else (None, None)
     with on_device(pred):
-        quality_kernel[(min(rows["tiles"], MAX_PROGRAMS),)](
+        quality_kernel[(tiles,)](
             pred,
             target,
             score,
@@ -339,9 +416,9 @@ def _launch(
             TILE_ROWS=shape.rows,
             STEP=shape.step,
             UNROLL=shape.unroll,
-            maxnreg=64,
+            maxnreg=64 if pred.dtype is not torch.float64 else None,
             PROBABILITIES=form == PROBABILITIES,
-            SQUARE=beta == 2,
+            SQUARE=square,
             WEIGHT=(
                 ABSENT if weight is None else PER_ELEMENT if weight.dim() == pred.dim() else PER_ROW
             ),
