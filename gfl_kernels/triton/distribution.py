@@ -407,7 +407,7 @@ def distribution_kernel(
     if UPSTREAM == 1:
         factor = factor * tl.load(upstream).to(ACC)
     outer, middle, row, inside = tile_rows(
-        rows, tiles_per_run, middle_size, GROUPS, TOGETHER, RUNS, False
+        tl.program_id(0), rows, tiles_per_run, middle_size, GROUPS, TOGETHER, RUNS, False
     )
     pred_at = (in_run(pred, outer, middle, pred_outer, pred_middle, PRED_UNIT), pred_row)
     grad_at = (

@@ -199,6 +199,7 @@ def columns_ahead(count, column_stride, CONTIGUOUS: tl.constexpr, UNIT: tl.const
 
 @triton.jit
 def tile_rows(
+    tile,
     rows,
     tiles_per_run,
     middle_size,
@@ -207,13 +208,12 @@ def tile_rows(
     RUNS: tl.constexpr,
     CLAMPED: tl.constexpr,
 ):
-    """(outer, middle, row, inside) of the rows of this program's tile, COUNT groups of TOGETHER
+    """(outer, middle, row, inside) of the rows of a tile, COUNT groups of TOGETHER
     neighbours: the first row of each group, and whether all of it is there. In int64.
 
     RUNS: SINGLE, LONG (tiles stay in a run of the innermost dimension: outer and middle are
     scalars) or SHORT (every row has its own). CLAMPED: rows past the end repeat the last one.
     """
-    tile = tl.program_id(0)
     outer, middle = 0, 0
     if RUNS == 1:
         run = tile // tiles_per_run
@@ -303,32 +303,45 @@ def scale_factor(scale, avg_factor, ACC: tl.constexpr):
 
 
 @triton.jit
+def is_last(counter):
+    """Whether this program is the last of the launch to arrive: it sees what the others stored
+    before. The counter is 0 before and after every launch.
+    """
+    tl.debug_barrier()  # stores are visible to the block before one of its threads announces them
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def sum_partials(partials, begin, end, STEP: tl.constexpr = 1):
+    """The sum of partials[begin:end], STEP apart, in a fixed order."""
+    total = tl.zeros((1024,), tl.float64)
+    for start in range(begin, end, 1024):
+        i = start + tl.arange(0, 1024)
+        # Past L1, which may hold what these addresses had before.
+        total += tl.load(partials + i * STEP, mask=i < end, other=0.0, cache_modifier=".cg")
+    return tl.sum(total)
+
+
+@triton.jit
 def finish_sum(partial, factor, loss, partials, counter):
     """loss = factor * the sum of every program's partial, in a fixed order, without float atomics.
 
-    The last program to arrive adds. Its counter is 0 before and after every launch.
+    The last program to arrive adds.
     """
-    program = tl.program_id(0)
-    programs = tl.num_programs(0)
-    tl.store(partials + program, partial.to(tl.float64))
-    tl.debug_barrier()  # the store is visible to the block before one of its threads announces it
-    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-    if arrived == programs - 1:
-        total = tl.zeros((1024,), tl.float64)
-        for start in range(0, programs, 1024):
-            i = start + tl.arange(0, 1024)
-            # Past L1, which may hold what these addresses had before.
-            total += tl.load(partials + i, mask=i < programs, other=0.0, cache_modifier=".cg")
-        result = tl.sum(total) * factor.to(tl.float64)
+    tl.store(partials + tl.program_id(0), partial.to(tl.float64))
+    if is_last(counter):
+        result = sum_partials(partials, 0, tl.num_programs(0)) * factor.to(tl.float64)
         tl.store(loss, result.to(loss.dtype.element_ty))
-        tl.store(counter, 0)
 
 
 _workspaces: dict[tuple, tuple[Tensor, Tensor]] = {}
 
 
 def sum_workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
-    """(partials, counter) for finish_sum: launches that share one must run one after the other."""
+    """(partials, counter) for a sum over programs: launches that share one must run one after the other."""
 
     def make() -> tuple[Tensor, Tensor]:
         partials = torch.empty(max(programs, 8192), dtype=torch.float64, device=device)

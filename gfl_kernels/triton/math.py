@@ -116,6 +116,50 @@ def pow_abs(log_abs_d, beta):
     return exponential(log_abs_d * beta)
 
 
+@triton.jit
+def quotient(a, b):
+    """a / b, rounded correctly. In float32 `/` is div.full, good to 2 ulp."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
+def arctangent(x):
+    """atan(x). Valid: all. Error: 2e-7 (float32), 2.5e-16 (float64)."""
+    a = tl.abs(x)
+    # |z| <= tan(pi / 8): atan(a) = pi / 2 + atan(-1 / a) = pi / 4 + atan((a - 1) / (a + 1)).
+    steep = a > 2.414213562373095
+    middle = a > 0.41421356237309503
+    z = quotient(
+        tl.where(steep, -1.0, tl.where(middle, a - 1.0, a)),
+        tl.where(steep, a, tl.where(middle, a + 1.0, 1.0)),
+    )
+    base = tl.where(steep, 1.5707963267948966, tl.where(middle, 0.7853981633974483, 0.0))
+    y = z * z
+    if x.dtype == tl.float64:
+        p = y * -0.013916943217800841 + 0.03063443323901452
+        p = p * y - 0.04104381417807643
+        p = p * y + 0.04719381457895137
+        p = p * y - 0.052580394289794816
+        p = p * y + 0.05881925033877732
+        p = p * y - 0.06666642004996545
+        p = p * y + 0.07692306735321475
+        p = p * y - 0.0909090906699066
+        p = p * y + 0.11111111110754406
+        p = p * y - 0.14285714285711515
+        p = p * y + 0.19999999999999993
+        p = p * y - 0.3333333333333333
+    else:
+        p = y * -0.06451718509197235 + 0.10743668675422668
+        p = p * y - 0.14263950288295746
+        p = p * y + 0.19999539852142334
+        p = p * y - 0.3333333134651184
+    angle = base + (z + (z * y) * p)
+    return tl.where(x < 0.0, -angle, angle)
+
+
 # Quality family. A loss and its derivative in x, per element.
 
 
@@ -281,3 +325,176 @@ def distribution_grad(total_p, is_left, is_right, wl, wr):
 def expectation_grad(p, y, expectation):
     """dE/dz_k = p_k (y_k - E), E = sum_k y_k p_k."""
     return p * (y - expectation)
+
+
+# Box term. Boxes are (x1, y1, x2, y2) in units of the stride.
+
+
+@triton.jit
+def sigmoid(x, FAST: tl.constexpr):
+    """sigmoid(x), the weight of a positive."""
+    e = exponential(-tl.abs(x))
+    r = reciprocal(e + 1.0, FAST)
+    return tl.where(x >= 0.0, r, e * r)
+
+
+@triton.jit
+def overlap_and_union(box, target):
+    """(width, height, area, union): of the overlap, whose sides may be negative, and the areas. The
+    union of a box turned inside out may be negative: callers take care of it.
+    """
+    width = tl.where(box[2] < target[2], box[2], target[2]) - tl.where(
+        box[0] > target[0], box[0], target[0]
+    )
+    height = tl.where(box[3] < target[3], box[3], target[3]) - tl.where(
+        box[1] > target[1], box[1], target[1]
+    )
+    area = tl.where(width < 0.0, 0.0, width) * tl.where(height < 0.0, 0.0, height)
+    of_target = (target[2] - target[0]) * (target[3] - target[1])
+    return width, height, area, (box[2] - box[0]) * (box[3] - box[1]) + of_target - area
+
+
+@triton.jit
+def box_iou(box, target):
+    """Intersection over union, the quality of a positive."""
+    _, _, area, union = overlap_and_union(box, target)
+    return quotient(area, tl.where(union < 1e-6, 1e-6, union))
+
+
+# Kinds of box loss, as in gfl_kernels/ops.py.
+IOU, GIOU, DIOU, CIOU, CIOU_ALL = (tl.constexpr(kind) for kind in range(5))
+
+
+@triton.jit
+def above(a, b):
+    """The derivative of max(a, b) in a; of min(a, b) it is above(b, a)."""
+    return tl.where(a > b, 1.0, tl.where(a == b, 0.5, 0.0))
+
+
+@triton.jit
+def enclosure_side(box_low, box_high, target_low, target_high):
+    """A side of the smallest box around both."""
+    last = tl.where(box_high > target_high, box_high, target_high)
+    side = last - tl.where(box_low < target_low, box_low, target_low)
+    return tl.where(side < 0.0, 0.0, side)
+
+
+@triton.jit
+def coordinate_grad(
+    low, high, target_low, target_high, direct, by_side, by_enclosure_side, by_extent, scale
+):
+    """The derivatives in a box's low and high coordinate of one axis."""
+    by_low = (
+        direct[0]
+        - by_side * above(low, target_low)
+        - by_enclosure_side * above(target_low, low)
+        - by_extent
+    )
+    by_high = (
+        direct[1]
+        + by_side * above(target_high, high)
+        + by_enclosure_side * above(high, target_high)
+        + by_extent
+    )
+    return scale * by_low, scale * by_high
+
+
+@triton.jit
+def box_loss_grad(KIND: tl.constexpr, box, target, eps):
+    """(loss, its derivatives in the box's coordinates). With O the overlap, U the union, C the
+    smallest box around both, c its diagonal and rho the distance of the centres:
+
+      IOU   -log(O / U)
+      GIOU  1 - O / U + (C - U) / C
+      DIOU  1 - O / U + rho^2 / c^2
+      CIOU  the same + alpha v,  v = 4 / pi^2 (atan(target's w / h) - atan(w / h))^2,
+            alpha = v / (1 - O / U + v) a constant, 0 where O / U <= 0.5 or v = 0; the sum is
+            clamped into [0, 2]
+      CIOU_ALL  the same with alpha at every O / U, and no clamp
+
+    Derivatives are PyTorch's: half of it to each side where a minimum or maximum is a tie, 0 at the
+    end of a clamp.
+    """
+    overlap_width, overlap_height, area, area_union = overlap_and_union(box, target)
+    width = box[2] - box[0]
+    height = box[3] - box[1]
+
+    # L depends on the overlap's sides, the box's area, the sides of C, and directly on the box.
+    CLAMPED: tl.constexpr = KIND == IOU or KIND == GIOU  # U = max(U, eps), else U + eps
+    if CLAMPED:
+        union_slope = tl.where(area_union > eps, 1.0, 0.0)
+        area_union = tl.where(area_union < eps, eps, area_union)
+    else:
+        union_slope = 1.0
+        area_union = area_union + eps
+    iou = quotient(area, area_union)
+    by_union = union_slope * quotient(iou, area_union)  # of 1 - iou
+    zero = area * 0.0
+    direct_x, direct_y = (zero, zero), (zero, zero)  # of the low and the high side
+    if KIND == IOU:
+        ratio = tl.where(iou < eps, eps, iou)
+        slope = quotient(tl.where(iou > eps, 1.0, 0.0).to(iou.dtype), ratio)
+        loss = -logarithm(ratio)
+        by_area = slope * by_union
+        by_overlap = quotient(-slope, area_union) - by_area
+        by_enclosure_width, by_enclosure_height = zero, zero
+    else:
+        enclosure_width = enclosure_side(box[0], box[2], target[0], target[2])
+        enclosure_height = enclosure_side(box[1], box[3], target[1], target[3])
+        if KIND == GIOU:
+            product = enclosure_width * enclosure_height
+            enclosure = tl.where(product < eps, eps, product)
+            loss = 1.0 - (iou - quotient(enclosure - area_union, enclosure))
+            by_area = by_union - quotient(union_slope.to(iou.dtype), enclosure)
+            by_overlap = quotient(-1.0 + zero, area_union) - by_area
+            by_enclosure = quotient(quotient(area_union, enclosure), enclosure)
+            by_enclosure = tl.where(product > eps, by_enclosure, 0.0)
+            by_enclosure_width = by_enclosure * enclosure_height
+            by_enclosure_height = by_enclosure * enclosure_width
+        else:
+            dx = (target[0] + target[2]) - (box[0] + box[2])
+            dy = (target[1] + target[3]) - (box[1] + box[3])
+            square = enclosure_width * enclosure_width + enclosure_height * enclosure_height + eps
+            part = quotient((dx * dx + dy * dy) * 0.25, square)
+            loss = 1.0 - (iou - part)
+            by_area = by_union
+            by_overlap = quotient(-1.0 + zero, area_union) - by_area
+            by_square = quotient(-2.0 * part, square)
+            by_enclosure_width = by_square * enclosure_width
+            by_enclosure_height = by_square * enclosure_height
+            by_x = quotient(-0.5 * dx, square)
+            by_y = quotient(-0.5 * dy, square)
+            direct_x, direct_y = (by_x, by_x), (by_y, by_y)
+            if KIND != DIOU:
+                tall = height + eps
+                target_ratio = quotient(target[2] - target[0], target[3] - target[1] + eps)
+                angle = arctangent(target_ratio) - arctangent(quotient(width, tall))
+                v = 0.4052847345693511 * (angle * angle)  # 4 / pi^2
+                alpha = quotient(v, tl.where(v > 0.0, (1.0 - iou) + v, 1.0))
+                if KIND == CIOU:
+                    alpha = tl.where(iou > 0.5, alpha, 0.0)
+                loss = loss + alpha * v
+                by_ratio = quotient(
+                    -0.8105694691387022 * (alpha * angle), width * width + tall * tall
+                )
+                direct_x = (by_x - by_ratio * tall, by_x + by_ratio * tall)
+                direct_y = (by_y + by_ratio * width, by_y - by_ratio * width)
+
+    scale = 1.0
+    if KIND == CIOU:
+        scale = tl.where((loss <= 0.0) | (loss >= 2.0), 0.0, 1.0)
+        loss = tl.where(loss < 0.0, 0.0, tl.where(loss > 2.0, 2.0, loss))
+    # A side of the overlap or of C that was cut off at 0 stands still.
+    wide = overlap_width > 0.0
+    high = overlap_height > 0.0
+    by_width = tl.where(wide, by_overlap * tl.where(high, overlap_height, 0.0), 0.0)
+    by_height = tl.where(high, by_overlap * tl.where(wide, overlap_width, 0.0), 0.0)
+    x = coordinate_grad(
+        box[0], box[2], target[0], target[2], direct_x, by_width, by_enclosure_width,
+        by_area * height, scale,
+    )  # fmt: skip
+    y = coordinate_grad(
+        box[1], box[3], target[1], target[3], direct_y, by_height, by_enclosure_height,
+        by_area * width, scale,
+    )  # fmt: skip
+    return loss, (x[0], y[0], x[1], y[1])

@@ -89,6 +89,153 @@ def element_loss_grad(
         return quality_square_loss_grad(x, q, FAST, HALF)
 
 
+@triton.jit
+def quality_rows(
+    pred,  # each (pointer or None, outer, middle, row and column stride)
+    grad,
+    target,
+    weight,
+    label,  # [TILE_ROWS], of rows that are read in [0, C) or -1; None with a dense target
+    quality,  # [TILE_ROWS] or None
+    outer,
+    middle,
+    row,
+    inside,
+    read,
+    g_factor,  # [TILE_ROWS]
+    beta,
+    C: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    UNROLL: tl.constexpr,
+    RUNS: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    PROBABILITIES: tl.constexpr,
+    SQUARE: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    LOSS: tl.constexpr,
+    PRED_CONTIGUOUS: tl.constexpr,
+    PRED_UNIT: tl.constexpr,
+    GRAD_CONTIGUOUS: tl.constexpr,
+    GRAD_UNIT: tl.constexpr,
+    TARGET_CONTIGUOUS: tl.constexpr,
+    TARGET_UNIT: tl.constexpr,
+    WEIGHT_CONTIGUOUS: tl.constexpr,
+    WEIGHT_UNIT: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """The sum of the losses of each row of a tile (if LOSS), walked STEP classes at a time, and
+    their gradients times g_factor. Weights of elements are read here, those of rows are not.
+    """
+    HALF: tl.constexpr = pred[0].dtype.element_ty.primitive_bitwidth == 16
+    OFF: tl.constexpr = 0.0 if PROBABILITIES else float("-inf")
+    LABEL_APART: tl.constexpr = label is not None and C >= APART_CLASSES
+    if LABEL_APART:
+        # The label's own element; all others are background.
+        has_label = read & (label >= 0)
+        start = outer * pred[1] + middle * pred[2]
+        label_at = pred[0] + matrix_offsets(
+            start, row, label, pred[3], pred[4], PRED_CONTIGUOUS, PRED_UNIT
+        )
+        x_label = tl.load(label_at, mask=has_label, other=0).to(ACC)
+        label_loss, label_grad = element_loss_grad(
+            x_label, quality, beta, False, PROBABILITIES, SQUARE, FAST, HALF
+        )
+        label_loss = tl.where(has_label, label_loss, 0.0)
+        label_grad = tl.where(has_label, label_grad, 0.0)
+        if WEIGHT == 3:
+            start = outer * weight[1] + middle * weight[2]
+            label_at = weight[0] + matrix_offsets(
+                start, row, label, weight[3], weight[4], WEIGHT_CONTIGUOUS, WEIGHT_UNIT
+            )
+            w_label = tl.load(label_at, mask=has_label, other=0).to(ACC)
+            label_loss = tl.where(w_label == 0.0, 0.0, label_loss * w_label)
+
+    outer_ = beside_columns(outer, RUNS)
+    middle_ = beside_columns(middle, RUNS)
+    at = row[:, None]
+    first_columns = tl.arange(0, STEP)[None, :]
+    if label is not None:
+        # Classes from a lane's own to the label: steps compare it with a constant.
+        ahead = label[:, None] - first_columns
+    pred_at = pred[0] + matrix_offsets(
+        outer_ * pred[1] + middle_ * pred[2],
+        at,
+        first_columns,
+        pred[3],
+        pred[4],
+        PRED_CONTIGUOUS,
+        PRED_UNIT,
+    )
+    if label is None:
+        target_at = target[0] + matrix_offsets(
+            outer_ * target[1] + middle_ * target[2],
+            at,
+            first_columns,
+            target[3],
+            target[4],
+            TARGET_CONTIGUOUS,
+            TARGET_UNIT,
+        )
+    if WEIGHT == 3:
+        weight_at = weight[0] + matrix_offsets(
+            outer_ * weight[1] + middle_ * weight[2],
+            at,
+            first_columns,
+            weight[3],
+            weight[4],
+            WEIGHT_CONTIGUOUS,
+            WEIGHT_UNIT,
+        )
+    if grad[0] is not None:
+        grad_at = grad[0] + matrix_offsets(
+            outer_ * grad[1] + middle_ * grad[2],
+            at,
+            first_columns,
+            grad[3],
+            grad[4],
+            GRAD_CONTIGUOUS,
+            GRAD_UNIT,
+        )
+    total = tl.zeros((TILE_ROWS, STEP), ACC)
+    for first_class in tl.range(0, C, STEP, loop_unroll_factor=UNROLL):
+        c = first_class + first_columns
+        mask = element_mask(read, c, C, STEP, CLAMPED)
+        # An element that counts 0 is one that is surely background.
+        x = load_elements(pred_at, mask, OFF, ACC, FAST)
+        if label is None:
+            q = load_elements(target_at, mask, 0.0, ACC, FAST)
+            target_at += columns_ahead(STEP, target[4], TARGET_CONTIGUOUS, TARGET_UNIT)
+        else:
+            here = ahead == first_class
+            if LABEL_APART:
+                x = tl.where(here, OFF, x)
+                q = 0.0
+            else:
+                q = tl.where(here, quality[:, None], 0.0)
+        element, g = element_loss_grad(x, q, beta, LABEL_APART, PROBABILITIES, SQUARE, FAST, HALF)
+        if LABEL_APART and grad[0] is not None:
+            g = tl.where(here, label_grad[:, None], g)
+        if WEIGHT == 3:
+            we = load_elements(weight_at, mask, 0.0, ACC, FAST)
+            weight_at += columns_ahead(STEP, weight[4], WEIGHT_CONTIGUOUS, WEIGHT_UNIT)
+            element = tl.where(we == 0.0, 0.0, element * we)  # 0 even where the loss is NaN
+            g = tl.where(we == 0.0, 0.0, g * we)
+        if LOSS:
+            total += element
+        if grad[0] is not None:
+            g = g * g_factor[:, None]
+            writes = element_mask(inside, c, C, STEP, False)
+            tl.store(grad_at, g.to(grad[0].dtype.element_ty), mask=writes)
+            grad_at += columns_ahead(STEP, grad[4], GRAD_CONTIGUOUS, GRAD_UNIT)
+        pred_at += columns_ahead(STEP, pred[4], PRED_CONTIGUOUS, PRED_UNIT)
+    row_loss = tl.sum(total, axis=1)
+    if LABEL_APART:
+        row_loss += label_loss
+    return row_loss
+
+
 @triton.jit(do_not_specialize=stride_names(_MATRICES, _VECTORS))
 def quality_kernel(
     pred,  # [rows, C] logits or probabilities
@@ -157,9 +304,6 @@ def quality_kernel(
     """
     rows = rows * ROW_UNIT
     beta = tl.full((), beta, ACC)
-    HALF: tl.constexpr = pred.dtype.element_ty.primitive_bitwidth == 16
-    OFF: tl.constexpr = 0.0 if PROBABILITIES else float("-inf")
-    LABEL_APART: tl.constexpr = score is not None and C >= APART_CLASSES
     factor = scale_factor(scale, avg_factor, ACC)
     row_factor = factor
     if UPSTREAM == 1:
@@ -168,7 +312,7 @@ def quality_kernel(
     # a mask.
     CLAMPED: tl.constexpr = PRED_CONTIGUOUS != 2 and WEIGHT != 2
     outer, middle, row, inside = tile_rows(
-        rows, tiles_per_run, middle_size, TILE_ROWS, 1, RUNS, CLAMPED
+        tl.program_id(0), rows, tiles_per_run, middle_size, TILE_ROWS, 1, RUNS, CLAMPED
     )
     read = inside
     w = tl.where(inside, 1.0, 0.0).to(ACC)
@@ -182,114 +326,47 @@ def quality_kernel(
         up = row_values(upstream, start + row * upstream_row, inside).to(ACC)
         # A row of weight 0 stays out whatever comes from upstream.
         g_factor = tl.where(read, g_factor * up, 0.0)
+    label, quality = None, None
     if score is not None:
         start = outer * target_outer + middle * target_middle
         label = class_index(row_values(target, start + row * target_row, inside), C)
         start = outer * score_outer + middle * score_middle
         quality = row_values(score, start + row * score_row, inside).to(ACC)
-    if LABEL_APART:
-        # The label's own element; all others are background.
-        has_label = read & (label >= 0)
-        start = outer * pred_outer + middle * pred_middle
-        label_at = pred + matrix_offsets(
-            start, row, label, pred_row, pred_column, PRED_CONTIGUOUS, PRED_UNIT
-        )
-        x_label = tl.load(label_at, mask=has_label, other=0).to(ACC)
-        label_loss, label_grad = element_loss_grad(
-            x_label, quality, beta, False, PROBABILITIES, SQUARE, FAST, HALF
-        )
-        label_loss = tl.where(has_label, label_loss, 0.0)
-        label_grad = tl.where(has_label, label_grad, 0.0)
-        if WEIGHT == 3:
-            start = outer * weight_outer + middle * weight_middle
-            label_at = weight + matrix_offsets(
-                start, row, label, weight_row, weight_column, WEIGHT_CONTIGUOUS, WEIGHT_UNIT
-            )
-            w_label = tl.load(label_at, mask=has_label, other=0).to(ACC)
-            label_loss = tl.where(w_label == 0.0, 0.0, label_loss * w_label)
-
-    outer_ = beside_columns(outer, RUNS)
-    middle_ = beside_columns(middle, RUNS)
-    at = row[:, None]
-    first_columns = tl.arange(0, STEP)[None, :]
-    if score is not None:
-        # Classes from a lane's own to the label: steps compare it with a constant.
-        ahead = label[:, None] - first_columns
-    pred_at = pred + matrix_offsets(
-        outer_ * pred_outer + middle_ * pred_middle,
-        at,
-        first_columns,
-        pred_row,
-        pred_column,
+    row_loss = quality_rows(
+        (pred, pred_outer, pred_middle, pred_row, pred_column),
+        (grad, grad_outer, grad_middle, grad_row, grad_column),
+        (target, target_outer, target_middle, target_row, target_column),
+        (weight, weight_outer, weight_middle, weight_row, weight_column),
+        label,
+        quality,
+        outer,
+        middle,
+        row,
+        inside,
+        read,
+        g_factor,
+        beta,
+        C,
+        TILE_ROWS,
+        STEP,
+        UNROLL,
+        RUNS,
+        CLAMPED,
+        PROBABILITIES,
+        SQUARE,
+        WEIGHT,
+        LOSS != 0,
         PRED_CONTIGUOUS,
         PRED_UNIT,
+        GRAD_CONTIGUOUS,
+        GRAD_UNIT,
+        TARGET_CONTIGUOUS,
+        TARGET_UNIT,
+        WEIGHT_CONTIGUOUS,
+        WEIGHT_UNIT,
+        ACC,
+        FAST,
     )
-    if score is None:
-        target_at = target + matrix_offsets(
-            outer_ * target_outer + middle_ * target_middle,
-            at,
-            first_columns,
-            target_row,
-            target_column,
-            TARGET_CONTIGUOUS,
-            TARGET_UNIT,
-        )
-    if WEIGHT == 3:
-        weight_at = weight + matrix_offsets(
-            outer_ * weight_outer + middle_ * weight_middle,
-            at,
-            first_columns,
-            weight_row,
-            weight_column,
-            WEIGHT_CONTIGUOUS,
-            WEIGHT_UNIT,
-        )
-    if grad is not None:
-        grad_at = grad + matrix_offsets(
-            outer_ * grad_outer + middle_ * grad_middle,
-            at,
-            first_columns,
-            grad_row,
-            grad_column,
-            GRAD_CONTIGUOUS,
-            GRAD_UNIT,
-        )
-    total = tl.zeros((TILE_ROWS, STEP), ACC)
-    for first_class in tl.range(0, C, STEP, loop_unroll_factor=UNROLL):
-        c = first_class + first_columns
-        mask = element_mask(read, c, C, STEP, CLAMPED)
-        # An element that counts 0 is one that is surely background.
-        x = load_elements(pred_at, mask, OFF, ACC, FAST)
-        if score is None:
-            q = load_elements(target_at, mask, 0.0, ACC, FAST)
-            target_at += columns_ahead(STEP, target_column, TARGET_CONTIGUOUS, TARGET_UNIT)
-        else:
-            here = ahead == first_class
-            if LABEL_APART:
-                x = tl.where(here, OFF, x)
-                q = 0.0
-            else:
-                q = tl.where(here, quality[:, None], 0.0)
-        element, g = element_loss_grad(x, q, beta, LABEL_APART, PROBABILITIES, SQUARE, FAST, HALF)
-        if LABEL_APART and grad is not None:
-            g = tl.where(here, label_grad[:, None], g)
-        if WEIGHT == 3:
-            we = load_elements(weight_at, mask, 0.0, ACC, FAST)
-            weight_at += columns_ahead(STEP, weight_column, WEIGHT_CONTIGUOUS, WEIGHT_UNIT)
-            element = tl.where(we == 0.0, 0.0, element * we)  # 0 even where the loss is NaN
-            g = tl.where(we == 0.0, 0.0, g * we)
-        if LOSS != 0:
-            total += element
-        if grad is not None:
-            g = g * g_factor[:, None]
-            writes = element_mask(inside, c, C, STEP, False)
-            tl.store(grad_at, g.to(grad.dtype.element_ty), mask=writes)
-            grad_at += columns_ahead(STEP, grad_column, GRAD_CONTIGUOUS, GRAD_UNIT)
-        pred_at += columns_ahead(STEP, pred_column, PRED_CONTIGUOUS, PRED_UNIT)
-    if LOSS != 0:
-        row_loss = tl.sum(total, axis=1)
-        if LABEL_APART:
-            row_loss += label_loss
     if LOSS == 1:
         partial = tl.sum(tl.where(inside, row_loss * w, 0.0))
         finish_sum(partial, factor, loss, partials, counter)
