@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Ops that a backend has no kernels for: the reference serves them, unless the backend is forced.
 _HEAD = frozenset(("gfl_loss", "task_aligned_loss", "head_boxes", "head_forward", "head_backward"))
-_MISSING = {"triton": _HEAD, "cuda": _HEAD}
+_MISSING = {"cuda": _HEAD}
 
 # Value checks of labels, scores and targets (they read the tensors): GFL_KERNELS_DEBUG=1.
 DEBUG = os.environ.get("GFL_KERNELS_DEBUG", "0") not in ("", "0")
@@ -209,6 +209,8 @@ def _implementation(backend: str, name: str):
 
 
 def _is_plain(value) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
     return not isinstance(value, Tensor) or (
         type(value).__torch_dispatch__ is Tensor.__torch_dispatch__ and not value.is_neg()
     )

@@ -8,11 +8,15 @@ from .distribution import (
     integral_backward,
     integral_forward,
 )
+from .head import head_backward, head_boxes, head_forward
 from .quality import quality_backward, quality_forward
 
 __all__ = [
     "distribution_backward",
     "distribution_forward",
+    "head_backward",
+    "head_boxes",
+    "head_forward",
     "integral_backward",
     "integral_forward",
     "quality_backward",

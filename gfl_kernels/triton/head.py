@@ -1,0 +1,1110 @@
+"""The losses of a whole head: four kernels, each one launch over the levels of a pyramid.
+
+What differs from level to level comes in tuples, an entry per level: pointers, and integers (tile
+ranges, sizes, strides) as encode() makes them. A program's tile is neighbouring cells of one image
+of one level, as launch.tile_rows has them.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import accumulate_dtype
+from .launch import (
+    COLUMNS,
+    INTERPRETED,
+    NEITHER,
+    ROWS,
+    Layout,
+    acc_type,
+    fast,
+    fp64,
+    i64,
+    is_last,
+    layout,
+    matrix_offsets,
+    on_device,
+    sum_partials,
+    sum_workspace,
+    tile_rows,
+)
+from .math import (
+    box_iou,
+    box_loss_grad,
+    distribution_grad,
+    distribution_loss,
+    expectation_grad,
+    exponential,
+    logarithm,
+    quotient,
+    reciprocal,
+    sigmoid,
+    split_target,
+)
+from .quality import class_index, quality_rows
+from .quality import config as quality_config
+
+# Levels
+
+# Triton specialises on the integers of a tuple whatever a kernel asks for: on 1, on multiples of 16
+# and on what fits 32 bits. Odd numbers beyond 2^32 are none of it.
+_CODE_OFFSET = 1 << 40
+CODE_OFFSET = tl.constexpr(_CODE_OFFSET)
+
+
+def encode(values: Sequence[int]) -> tuple[int, ...]:
+    return tuple(2 * (value + _CODE_OFFSET) + 1 for value in values)
+
+
+# Of a level in `levels`: the number of its first tile, tiles in a run, runs in an image, cells in a
+# run (in units of ROW_UNIT), anchors of the levels before it.
+LEVEL_FIELDS = tl.constexpr(5)
+
+
+@triton.jit
+def of_level(values, level, FIELD: tl.constexpr = 0, FIELDS: tl.constexpr = 1):
+    """A level's own value of a tuple that holds FIELDS per level."""
+    result = values[FIELD]
+    for i in tl.static_range(1, len(values) // FIELDS):
+        result = tl.where(level == i, values[i * FIELDS + FIELD], result)
+    return result
+
+
+@triton.jit
+def decode(code):
+    return (code >> 1) - CODE_OFFSET
+
+
+@triton.jit
+def integer_of(codes, level, FIELD: tl.constexpr, FIELDS: tl.constexpr):
+    return decode(of_level(codes, level, FIELD, FIELDS))
+
+
+@triton.jit
+def matrix_of(pointers, strides, level):
+    """(pointer or None, outer, middle, row and column stride), as quality_rows takes it."""
+    if pointers is None:
+        return None, 0, 0, 0, 0
+    else:
+        return (
+            of_level(pointers, level),
+            integer_of(strides, level, 0, 4),
+            integer_of(strides, level, 1, 4),
+            integer_of(strides, level, 2, 4),
+            integer_of(strides, level, 3, 4),
+        )
+
+
+@triton.jit
+def in_matrix(matrix, outer, middle, row, column, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr):
+    """Pointers to elements, of rows x columns as they broadcast."""
+    start = outer * matrix[1] + middle * matrix[2]
+    return matrix[0] + matrix_offsets(start, row, column, matrix[3], matrix[4], CONTIGUOUS, UNIT)
+
+
+@triton.jit
+def value_of_cell(pointers, strides, level, outer, cell, inside):
+    """A value per cell [B, n], as it lies in memory; 0 where masked."""
+    at = outer * integer_of(strides, level, 0, 2) + cell * integer_of(strides, level, 1, 2)
+    return tl.load(of_level(pointers, level) + at, mask=inside, other=0)
+
+
+@triton.jit
+def cells_of_tile(levels, TILE: tl.constexpr, ROW_UNIT: tl.constexpr, CLAMPED: tl.constexpr):
+    """(level, outer, middle, row, inside, cell, anchor) of this program's tile: the cell in its
+    image and level, the anchor in its image. In int64.
+    """
+    tile = tl.program_id(0)
+    level = 0
+    for i in tl.static_range(1, len(levels) // LEVEL_FIELDS):
+        level += (tile >= decode(levels[i * LEVEL_FIELDS])).to(tl.int32)
+    tile -= integer_of(levels, level, 0, LEVEL_FIELDS).to(tl.int32)
+    tiles_per_run = integer_of(levels, level, 1, LEVEL_FIELDS).to(tl.int32)
+    middle_size = integer_of(levels, level, 2, LEVEL_FIELDS).to(tl.int32)
+    rows = integer_of(levels, level, 3, LEVEL_FIELDS) * ROW_UNIT
+    outer, middle, row, inside = tile_rows(
+        tile, rows, tiles_per_run, middle_size, TILE, 1, 1, CLAMPED
+    )
+    cell = middle * rows + row
+    return level, outer, middle, row, inside, cell, integer_of(levels, level, 4, 5) + cell
+
+
+@triton.jit
+def positive_cells(
+    labels, label_strides, level, outer, cell, inside, C: tl.constexpr, DENSE: tl.constexpr
+):
+    label = value_of_cell(labels, label_strides, level, outer, cell, inside)
+    if DENSE:
+        return inside & (label != 0)
+    else:
+        return inside & (class_index(label, C) >= 0)
+
+
+@triton.jit
+def at_least_1(x):
+    """A NaN stays one."""
+    return tl.where(x < 1.0, 1.0, x)
+
+
+@triton.jit
+def divisors(normalisers, DENSE: tl.constexpr):
+    """What the loss of classes and the losses of boxes are divided by, in float64."""
+    first = tl.load(normalisers).to(tl.float64)
+    if DENSE:
+        first = at_least_1(first)
+    else:
+        first += 1.1920928955078125e-07  # reference.EPS
+    return first, at_least_1(tl.load(normalisers + 1).to(tl.float64))
+
+
+@triton.jit
+def upstream_of_level(total, each, each_step, level):
+    """The upstream gradient of a loss: of its total, of the level, both, or 0 for neither."""
+    result = tl.full((), 0.0, tl.float64)
+    if total is not None:
+        result += tl.load(total).to(tl.float64)
+    if each is not None:
+        result += tl.load(each + level * each_step).to(tl.float64)
+    return result
+
+
+# Positives
+
+
+@triton.jit
+def side_of_box(
+    box,  # matrix_of
+    outer,
+    middle,
+    row,
+    point,  # [TILE], its coordinate of this side's axis
+    target,  # [TILE], the target's
+    limit,
+    positive,
+    SIDE: tl.constexpr,
+    K: tl.constexpr,
+    PADDED: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """(coordinate, distance, e, inverse, left, wl, wr, dfl) of one side of each positive: the
+    softmax is e * inverse, e [TILE, PADDED]. Cells that are not positive are not read and have
+    values of their own.
+    """
+    k = tl.arange(0, PADDED)[None, :]
+    real = k < K
+    at = in_matrix(box, outer, middle, row[:, None], SIDE * K + k, 0, 1)
+    z = tl.load(at, mask=positive[:, None] & real, other=0.0).to(ACC)
+    z = tl.where(real, z, float("-inf"))  # padding never wins and adds exp(-inf) = 0
+    shifted = z - tl.max(z, axis=1)[:, None]
+    e = exponential(shifted)
+    sums = tl.sum(e, axis=1)
+    inverse = reciprocal(sums, FAST)
+    distance = tl.sum(e * k.to(ACC), axis=1) * inverse
+    if SIDE < 2:
+        coordinate = point - distance
+        goal = point - target
+    else:
+        coordinate = point + distance
+        goal = target - point
+    left, wl, wr = split_target(goal, limit)
+    z_left = tl.sum(tl.where(left[:, None] == k, shifted, 0.0), axis=1)
+    z_right = tl.sum(tl.where(left[:, None] == k - 1, shifted, 0.0), axis=1)
+    dfl = distribution_loss(logarithm(sums), wl, wr, z_left, z_right)
+    return coordinate, distance, e, inverse, left, wl, wr, dfl
+
+
+@triton.jit
+def assess_boxes(
+    box,  # matrix_of
+    points,
+    point_strides,
+    targets,  # of boxes
+    target_strides,
+    pixels,  # per level and in two parts: the stride
+    level,
+    outer,
+    middle,
+    row,
+    cell,
+    positive,
+    limit,
+    K: tl.constexpr,
+    PADDED: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """(sides, boxes, targets, stride): side_of_box of each; boxes in units of the stride."""
+    stride = of_level(pixels, level, 0, 2).to(ACC) + of_level(pixels, level, 1, 2).to(ACC)
+    point_at = of_level(points, level) + cell * integer_of(point_strides, level, 0, 2)
+    target_at = of_level(targets, level) + (
+        outer * integer_of(target_strides, level, 0, 3)
+        + cell * integer_of(target_strides, level, 1, 3)
+    )
+    over = tl.full(positive.shape, 1.0, ACC) * stride
+    sides = ()
+    boxes = ()
+    goals = ()
+    for s in tl.static_range(4):
+        axis = (s % 2) * integer_of(point_strides, level, 1, 2)
+        point = tl.load(point_at + axis, mask=positive, other=0.0).to(ACC)
+        corner = s * integer_of(target_strides, level, 2, 3)
+        target = tl.load(target_at + corner, mask=positive, other=0.0).to(ACC)
+        point = quotient(point, over)
+        target = quotient(target, over)
+        side = side_of_box(
+            box, outer, middle, row, point, target, limit, positive, s, K, PADDED, ACC, FAST
+        )
+        sides = sides + (side,)
+        boxes = boxes + (side[0],)
+        goals = goals + (target,)
+    return sides, boxes, goals, stride
+
+
+@triton.jit
+def highest_score(
+    cls,  # matrix_of
+    outer,
+    middle,
+    row,
+    positive,
+    C: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """The highest sigmoid of each positive; NaN if one of its logits is."""
+    high = tl.full((TILE, STEP), float("-inf"), ACC)
+    for first in range(0, C, STEP):
+        c = first + tl.arange(0, STEP)[None, :]
+        at = in_matrix(cls, outer, middle, row[:, None], c, 0, 1)
+        x = tl.load(at, mask=positive[:, None] & (c < C), other=float("-inf")).to(ACC)
+        high = tl.where((x > high) | (x != x), x, high)
+    wrong = tl.max((high != high).to(tl.int32), axis=1) > 0
+    return tl.where(wrong, float("nan"), sigmoid(tl.max(high, axis=1), FAST))
+
+
+@triton.jit
+def sum_of_targets(
+    targets,  # matrix_of
+    outer,
+    middle,
+    row,
+    positive,
+    C: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    total = tl.zeros((TILE, STEP), ACC)
+    for first in range(0, C, STEP):
+        c = first + tl.arange(0, STEP)[None, :]
+        at = in_matrix(targets, outer, middle, row[:, None], c, 0, 1)
+        total += tl.load(at, mask=positive[:, None] & (c < C), other=0.0).to(ACC)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def finish_boxes(partials, levels, sums, normalisers, batch, DENSE: tl.constexpr):
+    """sums and normalisers out of what every program left: its box loss, DFL, weight and count of
+    positives.
+    """
+    weight = tl.full((), 0.0, tl.float64)
+    LEVELS: tl.constexpr = len(levels) // LEVEL_FIELDS
+    for i in tl.static_range(LEVELS):
+        begin = decode(levels[i * LEVEL_FIELDS]).to(tl.int32)
+        end = tl.num_programs(0)
+        if i + 1 < LEVELS:
+            end = decode(levels[(i + 1) * LEVEL_FIELDS]).to(tl.int32)
+        for term in tl.static_range(2):
+            total = sum_partials(partials + term, begin, end, 4)
+            tl.store(sums + 2 * i + term, total.to(sums.dtype.element_ty))
+        weight += sum_partials(partials + 2, begin, end, 4)
+    first = weight
+    if not DENSE:
+        # At least one positive an image.
+        first = tl.full((), 0.0, tl.float64)
+        for start in range(0, batch, 32):
+            image = start + tl.arange(0, 32)
+            count = tl.zeros((32,), tl.float64)
+            for i in tl.static_range(LEVELS):
+                begin = decode(levels[i * LEVEL_FIELDS]).to(tl.int32)
+                runs = decode(levels[i * LEVEL_FIELDS + 2])
+                tiles = (runs * decode(levels[i * LEVEL_FIELDS + 1])).to(tl.int32)
+                for tile in range(0, tiles, 32):
+                    t = tile + tl.arange(0, 32)[None, :]
+                    at = begin + image[:, None] * tiles + t
+                    there = (image[:, None] < batch) & (t < tiles)
+                    found = tl.load(
+                        partials + 4 * at + 3, mask=there, other=0.0, cache_modifier=".cg"
+                    )
+                    count += tl.sum(found, axis=1)
+            first += tl.sum(tl.where(image < batch, at_least_1(count), 0.0))
+    tl.store(normalisers, first.to(normalisers.dtype.element_ty))
+    tl.store(normalisers + 1, weight.to(normalisers.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["batch", "anchors"])
+def head_boxes_kernel(
+    cls,  # per level [B, cells, C]; None with targets
+    box,  # per level [B, cells, 4 K]
+    points,  # per level [n, 2]
+    labels,  # per level [B, n]
+    box_targets,  # per level [B, n, 4]
+    targets,  # per level [B, cells, C] or None
+    quality,  # [B, A]
+    weight,  # [B, A]
+    sums,  # [L, 2]
+    normalisers,  # [2]
+    boxes,  # [B, A, 4] or None
+    partials,  # [programs, 4]
+    counter,
+    levels,
+    cls_strides,
+    box_strides,
+    point_strides,
+    label_strides,
+    box_target_strides,
+    target_strides,
+    pixels,
+    batch: "i64",
+    anchors: "i64",
+    iou_eps: "fp64",
+    limit: "fp64",
+    C: tl.constexpr,
+    K: tl.constexpr,
+    PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    IOU_KIND: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """What the losses of boxes need, of positives alone."""
+    DENSE: tl.constexpr = targets is not None
+    level, outer, middle, row, inside, cell, anchor = cells_of_tile(levels, TILE, 1, False)
+    positive = positive_cells(labels, label_strides, level, outer, cell, inside, C, DENSE)
+    at = outer * anchors + anchor
+    count = tl.sum(positive.to(tl.int32))
+    loss_bbox = tl.full((), 0.0, tl.float64)
+    loss_dfl = tl.full((), 0.0, tl.float64)
+    total_weight = tl.full((), 0.0, tl.float64)
+    if count > 0:
+        sides, corners, goals, stride = assess_boxes(
+            matrix_of(box, box_strides, level),
+            points,
+            point_strides,
+            box_targets,
+            box_target_strides,
+            pixels,
+            level,
+            outer,
+            middle,
+            row,
+            cell,
+            positive,
+            tl.full((), limit, ACC),
+            K,
+            PADDED,
+            ACC,
+            FAST,
+        )
+        loss, _ = box_loss_grad(IOU_KIND, corners, goals, tl.full((), iou_eps, ACC))
+        dfl = sides[0][7] + sides[1][7] + sides[2][7] + sides[3][7]
+        if DENSE:
+            scores = matrix_of(targets, target_strides, level)
+            w = sum_of_targets(scores, outer, middle, row, positive, C, TILE, STEP, ACC)
+        else:
+            logits = matrix_of(cls, cls_strides, level)
+            w = highest_score(logits, outer, middle, row, positive, C, TILE, STEP, ACC, FAST)
+        w = tl.where(positive, w, 0.0)
+        loss_bbox += tl.sum(tl.where(positive, loss * w, 0.0).to(tl.float64))
+        loss_dfl += tl.sum(tl.where(positive, dfl * w, 0.0).to(tl.float64))
+        total_weight += tl.sum(w.to(tl.float64))
+        tl.store(quality + at, tl.where(positive, box_iou(corners, goals), 0.0), mask=inside)
+        tl.store(weight + at, w, mask=inside)
+        if boxes is not None:
+            for s in tl.static_range(4):
+                corner = tl.where(positive, corners[s] * stride, 0.0)
+                tl.store(boxes + 4 * at + s, corner, mask=inside)
+    else:
+        zeros = tl.zeros((TILE,), ACC)
+        tl.store(quality + at, zeros, mask=inside)
+        tl.store(weight + at, zeros, mask=inside)
+        if boxes is not None:
+            for s in tl.static_range(4):
+                tl.store(boxes + 4 * at + s, zeros, mask=inside)
+    mine = partials + 4 * tl.program_id(0)
+    tl.store(mine, loss_bbox)
+    tl.store(mine + 1, loss_dfl)
+    tl.store(mine + 2, total_weight)
+    tl.store(mine + 3, count.to(tl.float64))
+    if is_last(counter):
+        finish_boxes(partials, levels, sums, normalisers, batch, DENSE)
+
+
+@triton.jit(do_not_specialize=["bbox_step", "dfl_step", "anchors"])
+def head_box_grad_kernel(
+    box,
+    points,
+    labels,
+    box_targets,
+    weight,  # [B, A]
+    normalisers,
+    up_bbox,  # [] or None, as the next; [L] or None
+    up_dfl,
+    up_levels_bbox,
+    up_levels_dfl,
+    grad,  # per level, as box
+    levels,
+    box_strides,
+    point_strides,
+    label_strides,
+    box_target_strides,
+    grad_strides,
+    pixels,
+    bbox_step: "i64",
+    dfl_step: "i64",
+    anchors: "i64",
+    iou_eps: "fp64",
+    limit: "fp64",
+    weight_bbox: "fp64",
+    weight_dfl: "fp64",
+    C: tl.constexpr,
+    K: tl.constexpr,
+    PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    IOU_KIND: tl.constexpr,
+    DENSE: tl.constexpr,
+    ROW_UNIT: tl.constexpr,
+    GRAD_CONTIGUOUS: tl.constexpr,
+    GRAD_UNIT: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """The gradient of the box logits: of a tile without positives zeros, nothing being read."""
+    level, outer, middle, row, inside, cell, anchor = cells_of_tile(levels, TILE, ROW_UNIT, False)
+    positive = positive_cells(labels, label_strides, level, outer, cell, inside, C, DENSE)
+    to = matrix_of(grad, grad_strides, level)
+    TYPE: tl.constexpr = to[0].dtype.element_ty
+    if tl.max(positive.to(tl.int32), axis=0) > 0:
+        sides, corners, goals, _ = assess_boxes(
+            matrix_of(box, box_strides, level),
+            points,
+            point_strides,
+            box_targets,
+            box_target_strides,
+            pixels,
+            level,
+            outer,
+            middle,
+            row,
+            cell,
+            positive,
+            tl.full((), limit, ACC),
+            K,
+            PADDED,
+            ACC,
+            FAST,
+        )
+        _, by_corner = box_loss_grad(IOU_KIND, corners, goals, tl.full((), iou_eps, ACC))
+        _, divisor = divisors(normalisers, DENSE)
+        factor = upstream_of_level(up_bbox, up_levels_bbox, bbox_step, level)
+        bbox_factor = (factor * weight_bbox / divisor).to(ACC)
+        factor = upstream_of_level(up_dfl, up_levels_dfl, dfl_step, level)
+        dfl_factor = (factor * weight_dfl / divisor).to(ACC)
+        w = tl.load(weight + outer * anchors + anchor, mask=positive, other=0.0)
+        k = tl.arange(0, PADDED)[None, :]
+        for s in tl.static_range(4):
+            _, distance, e, inverse, left, wl, wr, _ = sides[s]
+            by_distance = by_corner[s] * (w * bbox_factor)
+            if s < 2:
+                by_distance = -by_distance
+            wl *= w * dfl_factor
+            wr *= w * dfl_factor
+            p = e * inverse[:, None]
+            is_left = left[:, None] == k
+            is_right = left[:, None] == k - 1
+            g = by_distance[:, None] * expectation_grad(p, k.to(ACC), distance[:, None])
+            total_p = p * (wl + wr)[:, None]
+            g += distribution_grad(total_p, is_left, is_right, wl[:, None], wr[:, None])
+            g = tl.where(positive[:, None], g, 0.0)
+            at = in_matrix(to, outer, middle, row[:, None], s * K + k, GRAD_CONTIGUOUS, GRAD_UNIT)
+            tl.store(at, g.to(TYPE), mask=inside[:, None] & (k < K))
+    else:
+        for first in range(0, 4 * K, STEP):
+            column = first + tl.arange(0, STEP)[None, :]
+            at = in_matrix(to, outer, middle, row[:, None], column, GRAD_CONTIGUOUS, GRAD_UNIT)
+            zeros = tl.zeros((TILE, STEP), TYPE)
+            tl.store(at, zeros, mask=inside[:, None] & (column < 4 * K))
+
+
+# Classes
+
+
+@triton.jit
+def finish_losses(
+    partials,
+    levels,
+    sums,
+    by_cls,
+    by_bbox,
+    by_dfl,
+    losses,  # of classes, boxes, distributions: [] each, then [L] each
+):
+    """The losses in total and per level, out of every program's sum and of head_boxes' sums."""
+    TYPE: tl.constexpr = losses[0].dtype.element_ty
+    LEVELS: tl.constexpr = len(levels) // LEVEL_FIELDS
+    cls = tl.full((), 0.0, tl.float64)
+    bbox = tl.full((), 0.0, tl.float64)
+    dfl = tl.full((), 0.0, tl.float64)
+    for i in tl.static_range(LEVELS):
+        begin = decode(levels[i * LEVEL_FIELDS]).to(tl.int32)
+        end = tl.num_programs(0)
+        if i + 1 < LEVELS:
+            end = decode(levels[(i + 1) * LEVEL_FIELDS]).to(tl.int32)
+        of_cls = sum_partials(partials, begin, end) * by_cls
+        of_bbox = tl.load(sums + 2 * i).to(tl.float64) * by_bbox
+        of_dfl = tl.load(sums + 2 * i + 1).to(tl.float64) * by_dfl
+        tl.store(losses[3] + i, of_cls.to(TYPE))
+        tl.store(losses[4] + i, of_bbox.to(TYPE))
+        tl.store(losses[5] + i, of_dfl.to(TYPE))
+        cls += of_cls
+        bbox += of_bbox
+        dfl += of_dfl
+    tl.store(losses[0], cls.to(TYPE))
+    tl.store(losses[1], bbox.to(TYPE))
+    tl.store(losses[2], dfl.to(TYPE))
+
+
+@triton.jit(do_not_specialize=["up_step", "anchors"])
+def head_cls_kernel(
+    cls,  # per level [B, cells, C]
+    labels,  # per level [B, n]; None with targets
+    targets,  # per level [B, cells, C] or None
+    label_weights,  # per level [B, n] or None
+    quality,  # [B, A]
+    sums,
+    normalisers,
+    up_cls,  # [] or None; backward
+    up_levels,  # [L] or None
+    losses,  # a tuple of six, or None
+    grad,  # per level, as cls, or None
+    partials,
+    counter,
+    levels,
+    cls_strides,
+    label_strides,
+    target_strides,
+    label_weight_strides,
+    grad_strides,
+    up_step: "i64",
+    anchors: "i64",
+    weight_cls: "fp64",
+    weight_bbox: "fp64",
+    weight_dfl: "fp64",
+    beta: "fp64",
+    C: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SQUARE: tl.constexpr,
+    ROW_UNIT: tl.constexpr,
+    CLS_CONTIGUOUS: tl.constexpr,
+    CLS_UNIT: tl.constexpr,
+    GRAD_CONTIGUOUS: tl.constexpr,
+    GRAD_UNIT: tl.constexpr,
+    TARGET_CONTIGUOUS: tl.constexpr,
+    TARGET_UNIT: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Quality Focal Loss of every anchor, or its gradient: quality_kernel over levels."""
+    DENSE: tl.constexpr = targets is not None
+    WEIGHT: tl.constexpr = 0 if label_weights is None else 2
+    # As in quality_kernel.
+    CLAMPED: tl.constexpr = CLS_CONTIGUOUS != 2 and label_weights is None
+    level, outer, middle, row, inside, cell, anchor = cells_of_tile(levels, TILE, ROW_UNIT, CLAMPED)
+    read = inside
+    w = tl.where(inside, 1.0, 0.0).to(ACC)
+    if label_weights is not None:
+        w = value_of_cell(label_weights, label_weight_strides, level, outer, cell, inside).to(ACC)
+        read = w != 0.0
+    g_factor = w
+    divisor, box_divisor = divisors(normalisers, DENSE)
+    if grad is not None:
+        up = upstream_of_level(up_cls, up_levels, up_step, level)
+        # A row of weight 0 stays out whatever comes from upstream.
+        g_factor = tl.where(read, w * (up * weight_cls / divisor).to(ACC), 0.0)
+    label, score = None, None
+    if not DENSE:
+        label = class_index(value_of_cell(labels, label_strides, level, outer, cell, inside), C)
+        score = tl.load(quality + outer * anchors + anchor, mask=inside, other=0.0)
+    row_loss = quality_rows(
+        matrix_of(cls, cls_strides, level),
+        matrix_of(grad, grad_strides, level),
+        matrix_of(targets, target_strides, level),
+        (None, 0, 0, 0, 0),
+        label,
+        score,
+        outer,
+        middle,
+        row,
+        inside,
+        read,
+        g_factor,
+        tl.full((), beta, ACC),
+        C,
+        TILE,
+        STEP,
+        UNROLL,
+        1,
+        CLAMPED,
+        False,
+        SQUARE,
+        WEIGHT,
+        losses is not None,
+        CLS_CONTIGUOUS,
+        CLS_UNIT,
+        GRAD_CONTIGUOUS,
+        GRAD_UNIT,
+        TARGET_CONTIGUOUS,
+        TARGET_UNIT,
+        0,
+        1,
+        ACC,
+        FAST,
+    )
+    if losses is not None:
+        partial = tl.sum(tl.where(inside, row_loss * w, 0.0))
+        tl.store(partials + tl.program_id(0), partial.to(tl.float64))
+        if is_last(counter):
+            by_cls = weight_cls / divisor
+            by_bbox = weight_bbox / box_divisor
+            by_dfl = weight_dfl / box_divisor
+            finish_losses(partials, levels, sums, by_cls, by_bbox, by_dfl, losses)
+
+
+# Launches
+
+
+class LevelLayout(NamedTuple):
+    """What a kernel is told about where the cells of all levels lie."""
+
+    programs: int
+    levels: tuple[int, ...]
+    strides: dict[str, tuple[int, ...]]  # four per level
+    constants: dict[str, int]  # NAME_CONTIGUOUS and NAME_UNIT of wide matrices
+    row_unit: int
+
+
+@lru_cache(maxsize=1024)
+def lay_out_levels(
+    tile_rows: int, matrices: tuple[tuple[str, tuple[Layout, ...]], ...], wide: tuple[str, ...] = ()
+) -> LevelLayout:
+    """matrices: (name, layout per level) of tensors [B, cells..., columns] with one or two
+    dimensions of cells. wide: those that are read or written in vectors; the first says whether
+    tiles go along cells that lie next to each other.
+
+    An image's cells are one run if that holds for every matrix of their level, else a run is a row
+    of them. As in launch.lay_out, strides of a wide matrix are counted in units of NAME_UNIT
+    elements.
+    """
+    count = len(matrices[0][1])
+    runs = []  # (images, runs of an image, cells of a run) per level
+    raw = {name: [] for name, _ in matrices}  # (outer, middle, row, column) per level
+    for i in range(count):
+        items = [layouts[i] for _, layouts in matrices]
+        batch, *cells, _ = items[0].shape
+        height, width = cells if len(cells) == 2 else (1, *cells)
+        steps = [item.strides[1:-1] if len(cells) == 2 else (0, item.strides[1]) for item in items]
+        if height == 1 or width == 1 or all(down == width * right for down, right in steps):
+            rows = [(0, down if width == 1 else right) for down, right in steps]
+            runs.append((batch, 1, height * width))
+        else:
+            rows = steps
+            runs.append((batch, height, width))
+        for (name, _), item, row in zip(matrices, items, rows, strict=True):
+            raw[name].append((item.strides[0], *row, item.strides[-1]))
+
+    strides, constants = {}, {}
+    for name, layouts in matrices:
+        filled = [i for i in range(count) if 0 not in layouts[i].shape]
+        columns = layouts[0].shape[-1]
+        if name not in wide:
+            strides[name] = encode([step for steps in raw[name] for step in steps])
+            continue
+        if columns > 1 and all(raw[name][i][3] == 1 for i in filled):
+            contiguous, dropped = COLUMNS, 3
+        elif all(raw[name][i][2] == 1 or runs[i][2] == 1 for i in filled):
+            contiguous, dropped = ROWS, 2
+        else:
+            contiguous, dropped = NEITHER, None
+        unit = 1 if contiguous == NEITHER else 16 // layouts[0].itemsize
+        others = [
+            step
+            for i in filled
+            for step in (
+                *(s for j, s in enumerate(raw[name][i]) if j != dropped),
+                runs[i][2] if contiguous == ROWS else 0,
+            )
+        ]
+        while any(step % unit for step in others):
+            unit //= 2
+        strides[name] = encode([step // unit for steps in raw[name] for step in steps])
+        constants |= {f"{name.upper()}_CONTIGUOUS": contiguous, f"{name.upper()}_UNIT": unit}
+    row_unit = 1
+    if wide and constants[f"{wide[0].upper()}_CONTIGUOUS"] == ROWS:
+        row_unit = constants[f"{wide[0].upper()}_UNIT"]
+    levels, programs, anchors = [], 0, 0
+    for batch, middle, rows in runs:
+        tiles_per_run = -(-rows // tile_rows)
+        levels += [programs, tiles_per_run, middle, rows // row_unit, anchors]
+        programs += batch * middle * tiles_per_run
+        anchors += middle * rows
+    return LevelLayout(programs, encode(levels), strides, constants, row_unit)
+
+
+def _layouts(name: str, tensors: Sequence[Tensor]) -> tuple[str, tuple[Layout, ...]]:
+    return name, tuple(layout(tensor) for tensor in tensors)
+
+
+def _steps(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return encode([step for tensor in tensors for step in tensor.stride()])
+
+
+def _labels(labels: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(t.view(torch.uint8) if t.dtype is torch.bool else t for t in labels)
+
+
+def _in_two_parts(strides: Sequence[float]) -> tuple[float, ...]:
+    """Triton takes floats of a tuple as float32: what that rounds away is the second."""
+    parts = []
+    for stride in strides:
+        high = torch.tensor(stride, dtype=torch.float32).item()
+        parts += [high, stride - high]
+    return tuple(parts)
+
+
+class BoxConfig(NamedTuple):
+    rows: int  # of a tile
+    padded: int  # bins
+    step: int  # columns at a time, of what is walked in steps
+
+
+def box_config(bins: int, itemsize: int) -> BoxConfig:
+    """16 bins a lane and side of the box. Steps are 32 bytes, a sector."""
+    padded = triton.next_power_of_2(bins)
+    elements = 32768 if INTERPRETED else 2048
+    rows = max(1, min(elements // padded, 1024 if INTERPRETED else 64))
+    return BoxConfig(rows, padded, 32 if INTERPRETED else 32 // itemsize)
+
+
+def _anchors(cls: Sequence[Tensor]) -> int:
+    return sum(level[..., 0].numel() for level in cls) // max(cls[0].shape[0], 1)
+
+
+def head_boxes(
+    cls, box, points, labels, box_targets, targets, _, strides, iou, iou_eps, limit, write_boxes
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """gfl_kernels::head_boxes."""
+    batch, classes, bins = cls[0].shape[0], cls[0].shape[-1], box[0].shape[-1] // 4
+    anchors = _anchors(cls)
+    dtype = accumulate_dtype(cls[0].dtype)
+    make = cls[0].new_empty
+    quality, weight = make((batch, anchors), dtype=dtype), make((batch, anchors), dtype=dtype)
+    boxes = make((batch, anchors, 4) if write_boxes else (0,), dtype=dtype)
+    sums, normalisers = make((len(cls), 2), dtype=dtype), make((2,), dtype=dtype)
+    if batch * anchors == 0:
+        sums.zero_()
+        normalisers.zero_()
+        if not targets:
+            normalisers[0] = batch  # images without positives count as having one
+        return quality, weight, sums, normalisers, boxes
+    shape = box_config(bins, box[0].element_size())
+    scores = ("targets", targets) if targets else ("cls", cls)
+    laid = lay_out_levels(shape.rows, (_layouts("box", box), _layouts(*scores)))
+    partials, counter = sum_workspace(cls[0].device, 4 * laid.programs)
+    with on_device(cls[0]):
+        head_boxes_kernel[(laid.programs,)](
+            None if targets else tuple(cls),
+            tuple(box),
+            tuple(points),
+            _labels(labels),
+            tuple(box_targets),
+            tuple(targets) or None,
+            quality,
+            weight,
+            sums,
+            normalisers,
+            boxes if write_boxes else None,
+            partials,
+            counter,
+            laid.levels,
+            laid.strides.get("cls"),
+            laid.strides["box"],
+            _steps(points),
+            _steps(labels),
+            _steps(box_targets),
+            laid.strides.get("targets"),
+            _in_two_parts(strides),
+            batch,
+            anchors,
+            iou_eps,
+            limit,
+            C=classes,
+            K=bins,
+            PADDED=shape.padded,
+            TILE=shape.rows,
+            STEP=min(32, triton.next_power_of_2(classes)),
+            IOU_KIND=iou,
+            ACC=acc_type(cls[0].dtype),
+            FAST=fast(),
+            num_warps=4,
+        )
+    return quality, weight, sums, normalisers, boxes
+
+
+def _launch_cls(
+    cls,
+    labels,
+    targets,
+    label_weights,
+    quality,
+    sums,
+    normalisers,
+    beta,
+    loss_weights,
+    *,
+    upstream=(None, None),
+    losses=None,
+    grad=None,
+) -> None:
+    """One launch of head_cls_kernel."""
+    classes = cls[0].shape[-1]
+    matrices = [_layouts("cls", cls)]
+    if grad:
+        matrices.append(_layouts("grad", grad))
+    if targets:
+        matrices.append(_layouts("target", targets))
+    wide = ("cls", "grad", "target")
+    found = lay_out_levels(64, tuple(matrices), wide)
+    shape = quality_config(
+        classes,
+        cls[0].element_size(),
+        found.constants["CLS_UNIT"],
+        found.constants["CLS_CONTIGUOUS"] == ROWS,
+        beta == 2,
+        bool(targets),
+        False,
+        False,
+    )
+    laid = lay_out_levels(shape.rows, tuple(matrices), wide)
+    partials, counter = None, None
+    if losses:
+        partials, counter = sum_workspace(cls[0].device, laid.programs)
+    none = {"GRAD_CONTIGUOUS": NEITHER, "GRAD_UNIT": 1, "TARGET_CONTIGUOUS": NEITHER,
+            "TARGET_UNIT": 1}  # fmt: skip
+    with on_device(cls[0]):
+        head_cls_kernel[(laid.programs,)](
+            tuple(cls),
+            None if targets else _labels(labels),
+            tuple(targets) or None,
+            tuple(label_weights) or None,
+            quality,
+            sums,
+            normalisers,
+            *upstream,
+            losses,
+            grad,
+            partials,
+            counter,
+            laid.levels,
+            laid.strides["cls"],
+            None if targets else _steps(labels),
+            laid.strides.get("target"),
+            _steps(label_weights) or None,
+            laid.strides.get("grad"),
+            0 if upstream[1] is None else upstream[1].stride(0),
+            quality.shape[1],
+            *loss_weights,
+            beta,
+            C=classes,
+            TILE=shape.rows,
+            STEP=shape.step,
+            UNROLL=shape.unroll,
+            maxnreg=64 if cls[0].dtype is not torch.float64 else None,
+            SQUARE=beta == 2,
+            ROW_UNIT=laid.row_unit,
+            ACC=acc_type(cls[0].dtype),
+            FAST=fast(),
+            num_warps=shape.warps,
+            enable_fp_fusion=True,
+            **none | laid.constants,
+        )
+
+
+def _launch_box_grad(
+    box,
+    points,
+    labels,
+    box_targets,
+    dense,
+    classes,
+    weight,
+    normalisers,
+    strides,
+    iou,
+    iou_eps,
+    limit,
+    loss_weights,
+    upstream,
+    grad,
+) -> None:
+    """One launch of head_box_grad_kernel. upstream: in total and per level, of box loss and DFL."""
+    bins = box[0].shape[-1] // 4
+    shape = box_config(bins, box[0].element_size())
+    laid = lay_out_levels(shape.rows, (_layouts("grad", grad), _layouts("box", box)), ("grad",))
+    bbox, dfl, levels_bbox, levels_dfl = upstream
+    with on_device(box[0]):
+        head_box_grad_kernel[(laid.programs,)](
+            tuple(box),
+            tuple(points),
+            _labels(labels),
+            tuple(box_targets),
+            weight,
+            normalisers,
+            bbox,
+            dfl,
+            levels_bbox,
+            levels_dfl,
+            grad,
+            laid.levels,
+            laid.strides["box"],
+            _steps(points),
+            _steps(labels),
+            _steps(box_targets),
+            laid.strides["grad"],
+            _in_two_parts(strides),
+            0 if levels_bbox is None else levels_bbox.stride(0),
+            0 if levels_dfl is None else levels_dfl.stride(0),
+            weight.shape[1],
+            iou_eps,
+            limit,
+            *loss_weights[1:],
+            C=classes,
+            K=bins,
+            PADDED=shape.padded,
+            TILE=shape.rows,
+            STEP=shape.step,
+            IOU_KIND=iou,
+            DENSE=dense,
+            ROW_UNIT=laid.row_unit,
+            ACC=acc_type(box[0].dtype),
+            FAST=fast(),
+            num_warps=4,
+            **laid.constants,
+        )
+
+
+def head_forward(
+    cls,
+    box,
+    points,
+    labels,
+    box_targets,
+    targets,
+    label_weights,
+    quality,
+    weight,
+    sums,
+    normalisers,
+    strides,
+    iou,
+    iou_eps,
+    limit,
+    beta,
+    loss_weights,
+    write_grad,
+) -> tuple:
+    """gfl_kernels::head_forward."""
+    make = sums.new_empty if quality.numel() else sums.new_zeros
+    losses = tuple(make(shape) for shape in [()] * 3 + [(len(cls),)] * 3)
+    if quality.numel():
+        rest = (quality, sums, normalisers, beta, loss_weights)
+        _launch_cls(cls, labels, targets, label_weights, *rest, losses=losses)
+    if not write_grad:
+        return *losses, []
+    ones = [sums.new_ones(())] * 3
+    lists = (cls, box, points, labels, box_targets, targets, label_weights)
+    rest = (quality, weight, sums, normalisers, strides, iou, iou_eps, limit, beta, loss_weights)
+    return *losses, head_backward(*ones, None, None, None, *lists, *rest)
+
+
+def head_backward(
+    grad_cls,
+    grad_bbox,
+    grad_dfl,
+    grad_levels_cls,
+    grad_levels_bbox,
+    grad_levels_dfl,
+    cls,
+    box,
+    points,
+    labels,
+    box_targets,
+    targets,
+    label_weights,
+    quality,
+    weight,
+    sums,
+    normalisers,
+    strides,
+    iou,
+    iou_eps,
+    limit,
+    beta,
+    loss_weights,
+) -> list[Tensor]:
+    """gfl_kernels::head_backward: the gradients of cls, then of box."""
+    cls_grad = tuple(torch.empty_like(level) for level in cls)
+    box_grad = tuple(torch.empty_like(level) for level in box)
+    if quality.numel():
+        _launch_cls(
+            cls,
+            labels,
+            targets,
+            label_weights,
+            quality,
+            sums,
+            normalisers,
+            beta,
+            loss_weights,
+            upstream=(grad_cls, grad_levels_cls),
+            grad=cls_grad,
+        )
+        _launch_box_grad(
+            box,
+            points,
+            labels,
+            box_targets,
+            bool(targets),
+            cls[0].shape[-1],
+            weight,
+            normalisers,
+            strides,
+            iou,
+            iou_eps,
+            limit,
+            loss_weights,
+            (grad_bbox, grad_dfl, grad_levels_bbox, grad_levels_dfl),
+            box_grad,
+        )
+    return [*cls_grad, *box_grad]
