@@ -348,9 +348,10 @@ __global__ void __launch_bounds__(kDistributionThreads, 8)
   const int lane = threadIdx.x & (s.lanes - 1), in_tile = threadIdx.x / s.lanes;
   double total = 0;
   for (int64_t tile = blockIdx.x; tile < s.tiles; tile += gridDim.x) {
-    const int64_t run = s.rows.ndim == 1 ? 0 : divide(tile, s.tiles_per_run);
-    const int64_t first = (tile - run * s.tiles_per_run) * s.tile_rows;
-    const int count = min(static_cast<int64_t>(s.tile_rows), s.rows.size[kInner] - first);
+    const int run = s.rows.ndim == 1 ? 0 : divide(tile, s.tiles_per_run);
+    const int first =
+        (static_cast<int>(tile) - run * static_cast<int>(s.tiles_per_run)) * s.tile_rows;
+    const int count = min(s.tile_rows, static_cast<int>(s.rows.size[kInner]) - first);
     const RowIndex start = run_at(s.rows, run, first), at = run_at(s.rows, run, first + in_tile);
     const bool inside = in_tile < count;
     A w = inside ? A(1) : A(0);
@@ -399,7 +400,7 @@ __global__ void __launch_bounds__(kDistributionThreads, 8)
       __syncthreads();
     }
   }
-  if (partials) leave_sum<kDistributionThreads>(total, partials);
+  if (partials) leave_sum<kDistributionThreads>(static_cast<A>(total), partials);
 }
 
 // Any strides, any number of bins.
@@ -437,7 +438,7 @@ __global__ void __launch_bounds__(kDistributionThreads, 4)
       total += value;
     }
   }
-  if (partials) leave_sum<kDistributionThreads>(total, partials);
+  if (partials) leave_sum<kDistributionThreads>(static_cast<A>(total), partials);
 }
 
 }  // namespace
