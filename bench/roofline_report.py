@@ -144,11 +144,11 @@ def draw(path: Path, document: dict) -> Path:
     columns = len(handles) if len(gpus) > 1 else 3
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     versions = document["versions"]
-    nvcc = f", nvcc {versions['nvcc']}" if "nvcc" in versions else ""
+    nvcc = f" nvcc {versions['nvcc']}," if "nvcc" in versions else ""
     figure.suptitle(
         "Rooflines of the compiled kernels: counts, not timings\n"
         f"triton {versions['triton']}, ptxas {versions['ptxas']} and {versions['ptxas_blackwell']},"
-        f"{nvcc}, gfl_kernels {versions['gfl_kernels']}",
+        f"{nvcc} gfl_kernels {versions['gfl_kernels']}",
         fontsize=11,
     )
     figure.savefig(path, dpi=130)
