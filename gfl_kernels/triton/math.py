@@ -136,9 +136,10 @@ def logistic(x, FAST: tl.constexpr, HALF: tl.constexpr, CAREFUL: tl.constexpr = 
 
 
 @triton.jit
-def linear_part(a, tau):
-    """|x| tau: 0 for tau = 0, an infinite logit on the right side."""
-    return tl.where(tau == 0.0, 0.0, a) * tau
+def cross_entropy(a, tau, log1p_e):
+    """B = |x| tau + log1p(e), without the first term for tau = 0: an infinite logit on the right
+    side."""
+    return tl.where(tau == 0.0, 0.0, a) * tau + log1p_e
 
 
 @triton.jit
@@ -161,7 +162,7 @@ def quality_square_loss_grad(x, q, FAST: tl.constexpr, HALF: tl.constexpr):
     log1p_e, w, ds, a, _, _ = logistic(x, FAST, HALF)
     positive = x >= 0.0
     tau = tl.where(positive, 1.0 - q, q)
-    b = linear_part(a, tau) + log1p_e
+    b = cross_entropy(a, tau, log1p_e)
     d = tau - w  # sign(x) d
     square = d * d
     g = d * ((b * ds) * 2.0 + square)
@@ -183,7 +184,7 @@ def quality_loss_grad(x, q, beta, FAST: tl.constexpr):
     w = w + (tl.fma(-w, total, e) - w * (e - (total - 1.0))) * r
     positive = x >= 0.0
     tau = tl.where(positive, 1.0 - q, q)
-    b = linear_part(a, tau) + log1p_e
+    b = cross_entropy(a, tau, log1p_e)
     d = tau - w
     size = tl.abs(d)
     zero = size <= 0.0
