@@ -61,7 +61,7 @@ bench: $(VENV)/.package ## Benchmarks of the ops; tables and charts go to bench/
 bench-quick: $(VENV)/.package ## The same in under two minutes
 	$(PY) -m bench.run --quick $(BENCH_ARGS)
 
-roofline: $(VENV)/.package ## Counts from the compiled Triton kernels, without a GPU; also to bench/out
+roofline: $(VENV)/.package ## Counts from the compiled GPU kernels, without a GPU; also to bench/out
 	$(PY) -m bench.roofline $(ROOFLINE_ARGS)
 
 # The installed copy is found before the one in the source tree through PYTHONPATH; pytest runs from the

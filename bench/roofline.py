@@ -1,4 +1,4 @@
-"""What the compiled Triton kernels do, counted without a GPU: no figure here is a timing.
+"""What the compiled GPU kernels do, counted without a GPU: no figure here is a timing.
 
     python -m bench.roofline                     sm_90 and gfx942; five targets for the main cases
     python -m bench.roofline --full              five targets for all, and more cases: a long run
@@ -6,8 +6,10 @@
     python -m bench.roofline --only 'dfl.*x17'   cases whose name matches (--list shows the names)
     python -m bench.roofline --check             exit status 1 if a requirement is missed
 
-Writes roofline.json and roofline.png. Each kernel is compiled by Triton itself for sm_80, sm_90,
-sm_100, gfx942 and gfx90a. What is compiled for NVIDIA then runs in ptxsim, on full-sized inputs:
+Writes roofline.json and roofline.png. Triton's kernels are compiled by Triton itself for sm_80,
+sm_90, sm_100, gfx942 and gfx90a, those in CUDA C++ by nvcc for the first three (left out without an
+nvcc or without the library, which computes their launches). What is compiled for NVIDIA then runs
+in ptxsim, on full-sized inputs:
 
 - registers, spills and static counts are those of the binary;
 - DRAM bytes are 32 x the distinct sectors that a launch touches (an infinite cache), next to the
@@ -17,6 +19,10 @@ sm_100, gfx942 and gfx90a. What is compiled for NVIDIA then runs in ptxsim, on f
 - the bound is ptxsim's roofline: the largest of the terms dram, l2 (no L1 is modelled), issue, fma,
   alu, xu, fp64, lsu, each with perfect overlap on a full GPU. Its issue term is replaced by the
   executed SASS instructions; those of the pipes are PTX counts.
+
+A row is a pass of a backend. Where that is two launches (a loss of the CUDA C++ kernels that is a
+sum is finished by a second one, in one block) the counts are of both, and the bound is the sum of
+theirs; launch_over_dram is of the first alone.
 """
 
 from __future__ import annotations
@@ -37,6 +43,7 @@ from pathlib import Path
 from bench.cases import BACKWARD, FORWARD, ITEM_BYTES, STEP, Case
 
 LOSS_GRADIENT = "loss+gradient"  # both from one launch, for an upstream gradient of 1
+TRITON, CUDA = BACKENDS = ("triton", "cuda")
 GPUS = {80: "a100", 90: "h100", 100: "b200"}
 AMD = ("gfx942", "gfx90a")
 LARGE = 256_000  # logits from which bytes are judged: below, partial sums and counters show
@@ -60,15 +67,17 @@ def _bins(op: str, bins: int, dtype: str = "float32", passes=_BOTH, **rest) -> C
 
 NCHW = (2, 80, 100, 168)
 QFL = _qfl("sparse", (ANCHORS, 80), passes=_ALL, quick=True)
+QFL_DENSE = _qfl("dense", (ANCHORS, 80), passes=_ALL)
 QFL_HALF = _qfl("sparse", (ANCHORS, 80), "bfloat16", _ALL, quick=True)
+QFL_FLOAT16 = _qfl("sparse", (ANCHORS, 80), "float16", _ALL)
 DFL = _bins("dfl", 17, passes=_ALL, quick=True)
 EVERY_TARGET = (QFL, QFL_HALF, DFL)  # of the rest a default run takes one of NVIDIA and one of AMD
 CASES = (
     QFL,
     _qfl("sparse", (ANCHORS, 80), passes=_ALL, weighted=True),
     QFL_HALF,
-    _qfl("sparse", (ANCHORS, 80), "float16"),
-    _qfl("dense", (ANCHORS, 80)),
+    QFL_FLOAT16,
+    QFL_DENSE,
     _qfl("dense", (ANCHORS, 80), "bfloat16"),
     _qfl("sparse", NCHW, note="stride 8"),
     _qfl("sparse", NCHW, "bfloat16", note="stride 8"),
@@ -111,7 +120,7 @@ SMALL = (  # what eager and the kernels launch does not depend on the size
 
 
 def missing() -> str | None:
-    """What this machine lacks; None if nothing."""
+    """What this machine lacks for any of it; None if nothing."""
     try:
         from triton import knobs
 
@@ -128,11 +137,17 @@ def missing() -> str | None:
     return None
 
 
-def launch(case: Case, which: str, inputs):
-    """One launch of the case's kernel, straight through its launcher."""
+def cuda_missing() -> str | None:
+    """Why there are no rows of the CUDA C++ kernels; None if there are."""
+    from bench import sass
+
+    return sass.cuda_device.why_not()
+
+
+def launch(case: Case, which: str, inputs, kernels):
+    """The case's pass, straight through the launchers of a backend, whose ops `kernels` has."""
     import torch
 
-    from gfl_kernels import triton as kernels
     from gfl_kernels.triton.launch import LOGITS, PROBABILITIES, SUM
 
     pred = inputs.logits.detach()
@@ -156,23 +171,45 @@ def launch(case: Case, which: str, inputs):
     return forward(pred, *arguments, which == LOSS_GRADIENT)
 
 
-def measure(case: Case, which: str, archs: tuple[int, ...], amd: tuple[str, ...]) -> list[Row]:
+def measure(
+    case: Case, which: str, backend: str, archs: tuple[int, ...], amd: tuple[str, ...]
+) -> list[Row]:
     """A row per target."""
-    from bench import contestants, sass
+    from bench import contestants
 
     inputs = contestants.make_inputs(case)
+    run = {TRITON: measure_triton, CUDA: measure_cuda}[backend]
+    return [_about(case, which, backend) | row for row in run(case, which, inputs, archs, amd)]
+
+
+def measure_triton(case: Case, which: str, inputs, archs, amd) -> list[Row]:
+    from bench import sass
+    from gfl_kernels import triton as kernels
+
     rows = []
     for arch in archs:
         with sass.CountingDevice(arch) as device:
-            launch(case, which, inputs)
+            launch(case, which, inputs, kernels)
         (report,), (source,) = device.reports, device.sources
-        rows.append(_about(case, which) | nvidia_row(case, which, arch, report))
-    warps = report.num_warps
-    return rows + [_about(case, which) | amd_row(source, warps, target) for target in amd]
+        rows.append(nvidia_row(case, which, arch, device.reports))
+    return rows + [amd_row(source, report.num_warps, target) for target in amd]
 
 
-def _about(case: Case, which: str) -> Row:
+def measure_cuda(case: Case, which: str, inputs, archs, amd) -> list[Row]:
+    """There are none for AMD."""
+    from bench import sass
+
+    rows = []
+    for arch in archs:
+        device = sass.CountingCuda(arch)
+        launch(case, which, inputs, device)
+        rows.append(nvidia_row(case, which, arch, device.reports))
+    return rows
+
+
+def _about(case: Case, which: str, backend: str) -> Row:
     return {
+        "backend": backend,
         "case": case.name,
         "op": case.op,
         "form": case.form,
@@ -193,32 +230,36 @@ def rows_aligned(case: Case) -> bool:
     return run * ITEM_BYTES[case.dtype] % 16 == 0
 
 
-def nvidia_row(case: Case, which: str, arch: int, report) -> Row:
+def nvidia_row(case: Case, which: str, arch: int, reports) -> Row:
+    """reports: of the pass's launches, of which those after the first finish a sum."""
     from bench import sass
 
-    info, executed = report.cubin_info(), sass.executed(report)
-    logits = case.rows * case.width
-    lanes = 32 / logits
+    first = reports[0]
+    infos, executed = [report.cubin_info() for report in reports], sass.executed(*reports)
+    lanes = 32 / (case.rows * case.width)
     moved = Counter()
-    for traffic in report.allocations:
+    for traffic in first.allocations:
         if {"pred", "grad"} & set(traffic.name.split("+")):  # neighbours in memory are one
             moved.update(traffic.read_widths)
             moved.update(traffic.written_widths)
     minimum = case.bytes(STEP if which == LOSS_GRADIENT else which)
-    dram = report.dram_bytes_read + report.dram_bytes_written
-    terms = bounds(report, executed.instructions, GPUS[arch])
+    dram = sum(report.dram_bytes_read + report.dram_bytes_written for report in reports)
+    bounds = [terms(report, GPUS[arch]) for report in reports]
+    bound = sum(max(of_launch.values()) for of_launch in bounds)
+    dram_term = sum(of_launch["dram"] for of_launch in bounds)
     return {
         "target": f"sm_{arch}",
         "gpu": GPUS[arch],
-        "blocks": report.grid[0],
-        "warps": report.num_warps,
-        "registers": info.registers,
-        "spills": info.spills,
-        "static_instructions": info.instructions,
-        "static_loads_by_width": info.loads,
-        "static_stores_by_width": info.stores,
+        "launches": len(reports),
+        "blocks": first.grid[0],
+        "warps": first.warps // first.grid[0],
+        "registers": max(info.registers for info in infos),
+        "spills": sum(info.spills for info in infos),
+        "static_instructions": infos[0].instructions,
+        "static_loads_by_width": infos[0].loads,
+        "static_stores_by_width": infos[0].stores,
         "sass_per_logit": executed.instructions * lanes,
-        "ptx_per_logit": report.warp_instructions * lanes,
+        "ptx_per_logit": sum(report.warp_instructions for report in reports) * lanes,
         "agreement": executed.agreement,
         "by_opcode": _shares(executed.by_opcode, lanes),
         "by_source": _shares(executed.by_source, lanes),
@@ -228,12 +269,13 @@ def nvidia_row(case: Case, which: str, arch: int, report) -> Row:
         "dram_bytes": dram,
         "minimum_bytes": minimum,
         "dram_ratio": dram / minimum,
-        "load_sectors_per_request": report.global_load.sectors_per_request,
-        "store_sectors_per_request": report.global_store.sectors_per_request,
-        "terms_us": terms,
-        "bound_us": max(terms.values()),
-        "bound_by": max(terms, key=terms.get),
-        "over_dram": max(terms.values()) / terms["dram"],
+        "load_sectors_per_request": first.global_load.sectors_per_request,
+        "store_sectors_per_request": first.global_store.sectors_per_request,
+        "terms_us": {term: sum(of_launch[term] for of_launch in bounds) for term in bounds[0]},
+        "bound_us": bound,
+        "bound_by": max(bounds[0], key=bounds[0].get),
+        "over_dram": bound / dram_term,
+        "launch_over_dram": max(bounds[0].values()) / bounds[0]["dram"],
     }
 
 
@@ -242,13 +284,15 @@ def _shares(counts: Counter[str], lanes: float) -> dict[str, float]:
     return {name: n * lanes for name, n in counts.most_common() if n * lanes >= 0.01}
 
 
-def bounds(report, instructions: int, gpu: str) -> dict[str, float]:
-    """Microseconds by term. An SM issues 4 warp instructions a clock."""
+def terms(report, gpu: str) -> dict[str, float]:
+    """Microseconds of a launch by term. An SM issues 4 warp instructions a clock."""
     from ptxsim.report import GPUS as SPECIFICATIONS
+
+    from bench import sass
 
     known = SPECIFICATIONS[gpu]
     sms = min(known.sms, report.grid[0])
-    issue = instructions / (4 * known.clock_ghz * 1e3 * sms)
+    issue = sass.executed(report).instructions / (4 * known.clock_ghz * 1e3 * sms)
     return report.roofline(gpu).terms | {"issue": issue}
 
 
@@ -296,7 +340,7 @@ def operations(call: Callable[[], object]) -> int:
     return mode.count
 
 
-def launches(case: Case) -> Row:
+def launches(case: Case, backends: tuple[str, ...] = BACKENDS) -> Row:
     """Forward + backward: eager's operations against kernels and operations of ours."""
     import gfl_kernels
     from bench import contestants, sass
@@ -310,10 +354,15 @@ def launches(case: Case) -> Row:
 
     with sass.CountingDevice(90) as device, gfl_kernels.use_backend("triton"):
         own_operations = operations(lambda: step(ours))
+    counts = {TRITON: len(device.reports)}
+    if CUDA in backends:
+        with sass.cuda_device.SimulatedCuda(order="lockstep") as device:
+            step(ours)
+        counts[CUDA] = len(device.launches)
     return {
         "case": case.name,
         "eager_operations": operations(lambda: step(eager)),
-        "kernel_launches": len(device.reports),
+        "kernel_launches": counts,
         "own_operations": own_operations,
     }
 
@@ -336,8 +385,33 @@ def _large(row: Row) -> bool:
     return row["logits"] >= LARGE
 
 
-def _figure_case(case: Case, which: str) -> Callable[[Row], bool]:
-    return lambda row: (row["case"], row["pass"], row["target"]) == (case.name, which, "sm_90")
+def _figure_case(backend: str, cases: tuple[Case, ...], which: str) -> Callable[[Row], bool]:
+    names = [case.name for case in cases]
+    return lambda row: (
+        (row["backend"], row["pass"], row["target"]) == (backend, which, "sm_90")
+        and row["case"] in names
+    )
+
+
+def _instructions(
+    backend: str, label: str, most: float, cases: tuple[Case, ...], which: str
+) -> list[Requirement]:
+    scope = _figure_case(backend, cases, which)
+    return [Requirement(f"{label}, {backend}", most, "sass_per_logit", scope)]
+
+
+def _against_apex(dtype: str, case: Case, instructions: int) -> list[Requirement]:
+    """NVIDIA apex's focal loss, loss and gradient in one launch, takes that many PTX instructions a
+    logit in ptxsim and is bound by them: at most half of it, and bound by DRAM.
+    """
+    label, scope = (
+        f"QFL loss + gradient, {dtype}, cuda:",
+        _figure_case(CUDA, (case,), LOSS_GRADIENT),
+    )
+    return [
+        Requirement(f"{label} PTX, half of apex's", instructions / 2, "ptx_per_logit", scope),
+        Requirement(f"{label} bound / its DRAM term", 1, "launch_over_dram", scope),
+    ]
 
 
 def _near_dram(op: str) -> Callable[[Row], bool]:
@@ -360,13 +434,14 @@ REQUIREMENTS = (
     ),
     Requirement("Spills, sm_80 to sm_100", 0, "spills", lambda row: True),
     Requirement("Registers of the QFL kernels", 64, "registers", lambda row: row["op"] == "qfl"),
-    Requirement(
-        "QFL loss + gradient, SASS a logit", 36, "sass_per_logit", _figure_case(QFL, LOSS_GRADIENT)
-    ),
-    Requirement("QFL loss, SASS a logit", 28, "sass_per_logit", _figure_case(QFL, FORWARD)),
-    Requirement(
-        "DFL loss + gradient, SASS a bin", 40, "sass_per_logit", _figure_case(DFL, LOSS_GRADIENT)
-    ),
+    *_instructions(TRITON, "QFL loss + gradient, SASS a logit", 36, (QFL,), LOSS_GRADIENT),
+    *_instructions(TRITON, "QFL loss, SASS a logit", 28, (QFL,), FORWARD),
+    *_instructions(CUDA, "QFL loss + gradient, SASS a logit", 34, (QFL, QFL_DENSE), LOSS_GRADIENT),
+    *_instructions(CUDA, "QFL loss, SASS a logit", 26, (QFL, QFL_DENSE), FORWARD),
+    *_instructions(TRITON, "DFL loss + gradient, SASS a bin", 40, (DFL,), LOSS_GRADIENT),
+    *_instructions(CUDA, "DFL loss + gradient, SASS a bin", 40, (DFL,), LOSS_GRADIENT),
+    *_against_apex("float32", QFL, 93),
+    *_against_apex("float16", QFL_FLOAT16, 89),
     Requirement("QFL bound / its DRAM term, H100", 1.15, "over_dram", _near_dram("qfl")),
     Requirement("DFL bound / its DRAM term, H100", 1.15, "over_dram", _near_dram("dfl")),
     Requirement("Spilled VGPRs, gfx942 and gfx90a", 0, "vgpr_spills", lambda row: True),
@@ -392,7 +467,7 @@ def _verdict(requirement: Requirement, rows: list[Row]) -> Row:
         "verdict": "miss" if missed else "pass" if worst else "not measured",
         "missed": missed,
         "of": len(scope),
-        "worst": f"{worst['case']}, {worst['pass']}, {worst['target']}" if worst else "",
+        "worst": worst and ", ".join(worst[key] for key in ("backend", "case", "pass", "target")),
     }
 
 
@@ -433,17 +508,23 @@ def main(arguments: list[str]) -> int:
     if reason := missing():
         print(f"bench.roofline: {reason}", file=sys.stderr)
         return 2
-    return execute(options, selected)
+    backends = BACKENDS
+    if reason := cuda_missing():
+        print(f"bench.roofline: the CUDA C++ kernels are left out: {reason}", file=sys.stderr)
+        backends = (TRITON,)
+    return execute(options, selected, backends)
 
 
-def execute(options: argparse.Namespace, selected: list[Case]) -> int:
+def execute(options: argparse.Namespace, selected: list[Case], backends: tuple[str, ...]) -> int:
     from rich.console import Console
     from rich.progress import track
 
     from bench import roofline_report
 
     console = Console(width=None if sys.stdout.isatty() else 180)
-    tasks = [(case, which) for case in selected for which in case.passes]
+    tasks = [
+        (case, which, backend) for case in selected for which in case.passes for backend in backends
+    ]
     # Kernels of bins take longest to compile: they come first, so that no process ends alone.
     order = sorted(range(len(tasks)), key=lambda i: tasks[i][0].op == "qfl")
     found: dict[int, list[Row]] = {}
@@ -455,9 +536,13 @@ def execute(options: argparse.Namespace, selected: list[Case]) -> int:
             found[i] = result()
     rows = [row for i in range(len(tasks)) for row in found[i]]
     shown = {(case.op, case.form) for case in selected}
-    steps = [launches(case) for case in SMALL if (case.op, case.form) in shown]
+    steps = [launches(case, backends) for case in SMALL if (case.op, case.form) in shown]
     verdicts = judge(rows)
-    document = describe(options) | {"requirements": verdicts, "launches": steps, "rows": rows}
+    document = describe(options, backends) | {
+        "requirements": verdicts,
+        "launches": steps,
+        "rows": rows,
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "roofline.json").write_text(json.dumps(document, indent=1) + "\n")
     picture = roofline_report.draw(options.out / "roofline.png", document)
@@ -482,18 +567,20 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def describe(options: argparse.Namespace) -> dict:
+def describe(options: argparse.Namespace, backends: tuple[str, ...]) -> dict:
     """What stands in the file beside the figures."""
     import triton
     from triton import knobs
 
-    from bench import machine
+    from bench import machine, sass
 
     compilers = {
         "triton": triton.__version__,
         "ptxas": knobs.nvidia.ptxas.version,
         "ptxas_blackwell": knobs.nvidia.ptxas_blackwell.version,
     }
+    if CUDA in backends:
+        compilers["nvcc"] = sass.nvcc_version()
     return {
         "machine": machine.describe_machine(options.jobs),
         "versions": machine.describe_versions() | compilers,

@@ -25,20 +25,23 @@ def print_rows(console: Console, rows: list[Row]):
     amd_targets = list(dict.fromkeys(row["target"] for row in rows if "vgprs" in row))
     gpus = list(dict.fromkeys(row["gpu"] for row in rows if "gpu" in row))
     table = Table(box=box.SIMPLE_HEAD, title="compiled kernels: counts, not timings")
-    for title in ("case", "pass"):
+    for title in ("case", "pass", "backend"):
         table.add_column(title, no_wrap=True)
     figures = ("regs", "spills", "SASS a logit", "16 B", "DRAM", "sectors", "VGPRs")
     for title in (*figures, *(f"{gpu.upper()} us" for gpu in gpus)):
         table.add_column(title, justify="right", no_wrap=True)
-    previous = None
-    for name, which in dict.fromkeys((row["case"], row["pass"]) for row in rows):
-        group = [row for row in rows if (row["case"], row["pass"]) == (name, which)]
+    previous = (None, None)
+    by_kernel: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        by_kernel.setdefault((row["case"], row["pass"], row["backend"]), []).append(row)
+    for (name, which, backend), group in by_kernel.items():
         nvidia = [row for row in group if "gpu" in row]
         shown = next(row for row in nvidia if row["target"] == "sm_90")
         loads, stores = shown["load_sectors_per_request"], shown["store_sectors_per_request"]
         table.add_row(
-            name if name != previous else "",
-            which,
+            name if name != previous[0] else "",
+            which if (name, which) != previous else "",
+            backend,
             _slashed(nvidia, "registers"),
             _slashed(nvidia, "spills"),
             _slashed(nvidia, "sass_per_logit", ".1f"),
@@ -48,7 +51,7 @@ def print_rows(console: Console, rows: list[Row]):
             _slashed([row for row in group if "vgprs" in row], "vgprs"),
             *(_bound(next((row for row in nvidia if row["gpu"] == gpu), None)) for gpu in gpus),
         )
-        previous = name
+        previous = (name, which)
     console.print(table)
     console.print(
         f"a/b/c: {', '.join(nvidia_targets)}, a single figure: sm_90; VGPRs: "
@@ -72,10 +75,13 @@ def _bound(row: Row | None) -> str:
 def print_launches(console: Console, rows: list[Row]):
     table = Table(box=box.SIMPLE_HEAD, title="operations of a step, forward + backward")
     table.add_column("op", no_wrap=True)
-    for title in ("eager: ATen operations", "ours: kernel launches", "ours: ATen operations"):
+    backends = list(rows[0]["kernel_launches"])
+    launches = [f"{backend}: kernel launches" for backend in backends]
+    for title in ("eager: ATen operations", *launches, "triton: ATen operations"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        counts = (row["eager_operations"], row["kernel_launches"], row["own_operations"])
+        launched = [row["kernel_launches"][backend] for backend in backends]
+        counts = (row["eager_operations"], *launched, row["own_operations"])
         table.add_row(row["case"], *map(str, counts))
     console.print(table)
     console.print("ATen operations: without views and allocations.\n", style="dim")
@@ -131,13 +137,18 @@ def draw(path: Path, document: dict) -> Path:
     dtypes = [dtype for dtype in MARKERS if any(row["dtype"] == dtype for row in rows)]
     handles = [_dot("o", COLOURS[kind]) for kind in kinds]
     handles += [_dot(MARKERS[dtype], "#808080") for dtype in dtypes]
+    labels = kinds + dtypes
+    if any(row["backend"] == "cuda" for row in rows):
+        handles += [_dot("o", "#808080"), _dot("o", "#808080", hollow=True)]
+        labels += ["triton", "cuda"]
     columns = len(handles) if len(gpus) > 1 else 3
-    figure.legend(handles, kinds + dtypes, loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     versions = document["versions"]
+    nvcc = f" nvcc {versions['nvcc']}," if "nvcc" in versions else ""
     figure.suptitle(
         "Rooflines of the compiled kernels: counts, not timings\n"
         f"triton {versions['triton']}, ptxas {versions['ptxas']} and {versions['ptxas_blackwell']},"
-        f" gfl_kernels {versions['gfl_kernels']}",
+        f"{nvcc} gfl_kernels {versions['gfl_kernels']}",
         fontsize=11,
     )
     figure.savefig(path, dpi=130)
@@ -149,8 +160,9 @@ def _kind(row: Row) -> str:
     return " ".join(filter(None, (row["op"], row["form"], "NCHW" * (row["layout"] == "NCHW"))))
 
 
-def _dot(marker: str, colour: str):
-    return plt.Line2D([], [], color=colour, marker=marker, linestyle="", markersize=7)
+def _dot(marker: str, colour: str, hollow: bool = False):
+    fill = "none" if hollow else "full"
+    return plt.Line2D([], [], color=colour, marker=marker, ls="", markersize=7, fillstyle=fill)
 
 
 def _intensity(row: Row) -> float:
@@ -158,8 +170,8 @@ def _intensity(row: Row) -> float:
 
 
 def _panel(axis, gpu: str, rows: list[Row]):
-    # Roofs out of the rows' own terms: a term is a count over a rate.
-    row = rows[0]
+    # Roofs out of a row's own terms: a term is a count over a rate. One launch on a full GPU.
+    row = next(row for row in rows if row["launches"] == 1)
     bandwidth = row["dram_bytes"] / row["terms_us"]["dram"] / 1e3
     issue = _intensity(row) * row["dram_bytes"] / row["terms_us"]["issue"] / 1e3
     low, high = 0.7 * min(map(_intensity, rows)), 1.5 * max(map(_intensity, rows))
@@ -170,14 +182,15 @@ def _panel(axis, gpu: str, rows: list[Row]):
     axis.annotate("issue rate", (high * 0.97, issue / high), fontsize=8, ha="right", va="top")
     reached = {id(row): row["dram_bytes"] / row["bound_us"] / 1e3 for row in rows}
     for row in rows:
+        colour, hollow = COLOURS[_kind(row)], row["backend"] == "cuda"
         axis.scatter(
             _intensity(row),
             reached[id(row)],
             s=38,
             marker=MARKERS[row["dtype"]],
-            color=COLOURS[_kind(row)],
-            edgecolor="white",
-            linewidth=0.5,
+            facecolor="none" if hollow else colour,
+            edgecolor=colour if hollow else "white",
+            linewidth=1.2 if hollow else 0.5,
             zorder=3,
         )
     far = Counter(row["bound_by"] for row in rows if row["over_dram"] > NEAR)

@@ -1,29 +1,33 @@
-"""How many SASS instructions a Triton kernel executes, on a machine without a GPU.
+"""How many SASS instructions a kernel executes, Triton's or CUDA C++, on a machine without a GPU.
 
 SASS has loops and branches: its static size says little. How often each part runs follows from two
 things that the compiled kernel carries. ptxsim runs the PTX and counts how often each PTX line is
 issued; ptxas leaves a table in the cubin that says which PTX line an instruction comes from. All
-instructions of a basic block run equally often, and a block's count is what most of its memory
-accesses, barriers and shuffles say, which ptxas does not move from block to block; what it does
-move (an address out of a loop) thus counts where it ended up. A block without any of them takes the
+instructions of a basic block run equally often, and a block's count is what its memory accesses,
+barriers and shuffles say, which ptxas does not move from block to block; what it does move (an
+address out of a loop) thus counts where it ended up. Where they differ the largest count holds: the
+others stood in a branch that ptxas has made a predicate. A block without any of them takes the
 count of most of its instructions, the first block that of the launched warps, and what no branch
 reaches 0. `Executed.agreement` is the share of executed instructions whose own PTX line says the
 same as their block.
 
 A count is of instructions issued by a warp, whatever its active lanes; instructions that a
 predicate turns off are issued. Not seen are branches that ptxas makes where the PTX has a predicate
-(one atomic per block here, counted for every warp) and the slow path of a division. Where ptxas has
+(one atomic per block here, counted for every warp). The slow path of a division, for operands near
+the ends of the range, counts as never taken. Where ptxas has
 unrolled a loop, so that the SASS has several copies of one access, it is not known how they share
 its iterations: that is refused (`Undetermined`).
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +37,8 @@ if not (TESTS / "ptxsim").is_dir():
 if str(TESTS) not in sys.path:
     sys.path.append(str(TESTS))
 
-import ptxsim  # noqa: E402  (found through the line above)
+import cuda_device  # noqa: E402  (found through the line above, like ptxsim)
+import ptxsim  # noqa: E402
 from ptxsim.cubin import tool  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
@@ -47,7 +52,7 @@ class Instruction:
     opcode: str
     operands: str
     ptx_line: int
-    source: str  # file:line of the Python source
+    source: str  # file:line
 
     @property
     def base(self) -> str:
@@ -62,7 +67,7 @@ class Block:
 
 @dataclass
 class Executed:
-    """Warp instructions of a launch."""
+    """Warp instructions of one launch or more."""
 
     instructions: int
     by_opcode: Counter[str]
@@ -111,6 +116,50 @@ class CountingDevice(ptxsim.TritonDevice):
         return 1000 + super().get_current_device()
 
 
+@dataclass
+class CudaReport:
+    """A launch of a CUDA C++ kernel: what ptxsim counted and what was compiled, as TritonReport."""
+
+    report: ptxsim.Report
+    asm: dict[str, str | bytes]  # ptx, cubin
+
+    def __getattr__(self, name):
+        return getattr(self.report, name)
+
+    def cubin_info(self) -> ptxsim.KernelInfo:
+        (info,) = ptxsim.cubin_info(self.asm["cubin"]).values()
+        return info
+
+
+class CountingCuda(cuda_device.SimulatedCuda):
+    """The CUDA C++ kernels on a simulated GPU, one report per launch; calls go to its methods."""
+
+    def __init__(self, arch: int):
+        super().__init__(arch, order="lockstep")
+
+    def launch(self, name: str, *arguments, **options) -> CudaReport:
+        kernel, asm = _cuda_kernel(name, self.arch)
+        return CudaReport(kernel.launch(*arguments, **options), asm)
+
+
+@functools.cache
+def _cuda_kernel(name: str, arch: int) -> tuple[ptxsim.Kernel, dict[str, str | bytes]]:
+    return counting_kernel(cuda_device.ptx(name, arch), arch)
+
+
+def counting_kernel(ptx: str, arch: int) -> tuple[ptxsim.Kernel, dict[str, str | bytes]]:
+    """The only kernel of nvcc's PTX, and what CudaReport takes as asm."""
+    (kernel,) = ptxsim.parse(numbered(ptx)).kernels.values()
+    cubin, _ = ptxsim.assemble(ptx, f"sm_{arch}", ("-lineinfo",))
+    return kernel, {"ptx": ptx, "cubin": cubin}
+
+
+def nvcc_version() -> str:
+    """Of what compiles the CUDA C++ kernels."""
+    told = subprocess.run([tool("nvcc"), "--version"], capture_output=True, text=True, check=True)
+    return re.search(r"release (\S+),", told.stdout)[1]
+
+
 # Effects that ptxas keeps in their basic block.
 _FIXED = {"LDG", "STG", "LDS", "STS", "ATOM", "ATOMG", "ATOMS", "RED", "BAR", "SHFL"}
 _ENDS = {"BRA", "BRX", "JMP", "JMX", "CALL", "RET", "EXIT"}
@@ -121,6 +170,7 @@ _SOURCE_LINE = re.compile(r'\s*//## File "(.*)", line (\d+)')
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 
 
+@functools.lru_cache(maxsize=8)
 def disassemble(cubin: bytes) -> str:
     """SASS with the lines of the source and of the PTX above each instruction."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -165,20 +215,33 @@ def reachable_blocks(sass: str) -> list[Block]:
             continue
         reached.add(i)
         operands = " ".join(instruction.operands for instruction in blocks[i].instructions)
-        waiting += [named[label] for label in re.findall(r"\((\S+?)\)", operands) if label in named]
+        targets = re.findall(r"\((\S+?)\)", operands)
+        waiting += [named[to] for to in targets if to in named and not to.endswith("_slowpath")]
         if i < len(falls_through) and falls_through[i]:
             waiting.append(i + 1)
     return [blocks[i] for i in sorted(reached)]
 
 
-def executed(report) -> Executed:
-    """What a launch on a CountingDevice executed; report: its ptxsim report."""
-    issued = {line: count for (_, line), count in report.lines.items()}
-    blocks = reachable_blocks(disassemble(report.asm["cubin"]))
-    _refuse_copies(blocks, report.asm["ptx"])
+def executed(*reports) -> Executed:
+    """What launches on a counting device executed; reports: those of the device."""
     total, agreeing = 0, 0
     by_opcode: Counter[str] = Counter()
     by_source: Counter[str] = Counter()
+    for report in reports:
+        for block, count, hints in _counted_blocks(report):
+            total += count * len(block.instructions)
+            agreeing += count * hints.count(count)
+            for i in block.instructions:
+                by_opcode[i.base] += count
+                by_source[i.source] += count
+    return Executed(total, by_opcode, by_source, agreeing / total)
+
+
+def _counted_blocks(report) -> Iterator[tuple[Block, int, list[int]]]:
+    """Basic blocks, how often each ran, and what the PTX line of each instruction says of that."""
+    issued = {line: count for (_, line), count in report.lines.items()}
+    blocks = reachable_blocks(disassemble(report.asm["cubin"]))
+    _refuse_copies(blocks, report.asm["ptx"])
     for block in blocks:
         members = block.instructions
         # Constants and parameters have PTX lines that issue nothing.
@@ -186,13 +249,8 @@ def executed(report) -> Executed:
         fixed = Counter(h for i, h in zip(members, hints, strict=True) if i.base in _FIXED)
         count = report.warps
         if block is not blocks[0]:
-            count = (fixed or Counter(hints)).most_common(1)[0][0]
-        total += count * len(members)
-        agreeing += count * hints.count(count)
-        for i in members:
-            by_opcode[i.base] += count
-            by_source[i.source] += count
-    return Executed(total, by_opcode, by_source, agreeing / total)
+            count = max(fixed) if fixed else Counter(hints).most_common(1)[0][0]
+        yield block, count, hints
 
 
 def _refuse_copies(blocks: list[Block], ptx: str):

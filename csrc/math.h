@@ -206,11 +206,11 @@ GFL_HD Logistic<T> logistic(T x) {
   return {log1p_unit(e), w, w * r, -na, e, r};
 }
 
-// |x| tau: 0 for tau = 0, an infinite logit on the right side.
+// B = |x| tau + log1p(e), without the first term for tau = 0: an infinite logit on the right side.
 template <typename T>
-GFL_HD T linear_part(T a, T tau) {
+GFL_HD T cross_entropy(T a, T tau, T log1p_e) {
   using S = scalar_t<T>;
-  return select(tau == S(0), broadcast<T>(S(0)), a * tau);
+  return select(tau == S(0), log1p_e, a * tau + log1p_e);
 }
 
 // Quality Focal Loss with beta = 2 on a background element, q = 0:  L = s^2 softplus(x),
@@ -237,7 +237,7 @@ GFL_HD LossGrad<T> quality_square_loss_grad(T x, T q) {
   const Logistic<T> c = logistic(x);
   const auto positive = x >= S(0);
   const T tau = select(positive, S(1) - q, q);
-  const T b = linear_part(c.a, tau) + c.log1p_e;
+  const T b = cross_entropy(c.a, tau, c.log1p_e);
   const T d = tau - c.w;  // sign(x) d
   const T square = d * d;
   const T g = d * ((b + b) * c.ds + square);
@@ -258,7 +258,7 @@ GFL_HD LossGrad<T> quality_loss_grad(T x, T q, scalar_t<T> beta) {
   c.w = c.w + ((c.e - c.w * sum) - c.w * (c.e - (sum - S(1)))) * c.r;
   const auto positive = x >= S(0);
   const T tau = select(positive, S(1) - q, q);
-  const T b = linear_part(c.a, tau) + c.log1p_e;
+  const T b = cross_entropy(c.a, tau, c.log1p_e);
   const T d = tau - c.w;
   const T size = -negative_abs(d);
   const auto zero = size <= S(0);

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import json
+import sys
 from functools import cache
 from pathlib import Path
 
 import torch
 
 _PACKAGE = Path(__file__).parent
-_FILE = "libgfl_native.so"
+_FILE = {"win32": "gfl_native.dll", "darwin": "libgfl_native.dylib"}.get(
+    sys.platform, "libgfl_native.so"
+)
 _STRINGS = (  # its functions that return one
     "gfl_cpu_isa",
     "gfl_available_isas",

@@ -130,13 +130,15 @@ def _entries(arch):
         text = ptxsim.compile_ptx(
             file, f"sm_{arch}", [CSRC / "include"], {"GFL_HEADERS": above.hexdigest()}, OPTIONS
         )
+        # Into which function a line was inlined stands in a table that is left out here.
+        text = re.sub(r"^(\s*\.loc\s[^,\n]*),.*", r"\1", text, flags=re.M)
         head, *entries = re.split(r"^(?=(?:\.visible )?\.entry )", text, flags=re.M)
         entries[-1], end, _ = entries[-1].partition("\n}\n")
         entries[-1] += end
         files = "".join(re.findall(r"^\.file.*\n|^\t\.file.*\n", text, re.M))
         for entry in entries:
             name = ptxsim.demangle(re.search(r"\.entry (\w+)", entry).group(1))
-            found[name] = head + entry + files
+            found[name] = f"{head}{entry}{files}\n"
     return found
 
 
@@ -150,6 +152,17 @@ def ptx(name, arch=90):
 def kernel(name, arch=90):
     (result,) = ptxsim.parse(ptx(name, arch)).kernels.values()
     return result
+
+
+def why_not():
+    """Why the kernels cannot be run here; None if they can."""
+    if not native.build_info().get("cuda_architectures"):
+        return f"the library has no CUDA part: {native.cuda_why_not()}"
+    try:
+        ptxsim.nvcc("\n__global__ void nothing() {}\n")
+    except ptxsim.CompileError as error:
+        return str(error)
+    return None
 
 
 class SimulatedCuda:
@@ -194,6 +207,9 @@ class SimulatedCuda:
         for patch in self._patches:
             patch.stop()
 
+    def launch(self, name, *arguments, **options):
+        return kernel(name, self.arch).launch(*arguments, **options)
+
     def run(self, family, numbers=None, **tensors):
         workspace = torch.full((WORKSPACE,), float("nan"), dtype=torch.float64)
         at = {t.data_ptr(): (name, t) for name, t in tensors.items() if t is not None}
@@ -213,15 +229,9 @@ class SimulatedCuda:
                 names.append(name)
                 values.append(value)
             self.launches.append(launch)
+            size = (launch.grid, launch.block, values, launch.shared_bytes)
             self.reports.append(
-                kernel(launch.name.decode(), self.arch).launch(
-                    launch.grid,
-                    launch.block,
-                    values,
-                    launch.shared_bytes,
-                    names=names,
-                    **self.options,
-                )
+                self.launch(launch.name.decode(), *size, names=names, **self.options)
             )
 
     # The ops, as csrc/ops.h implements them.

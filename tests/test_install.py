@@ -451,6 +451,30 @@ def test_cuda_builds_or_fails(source, tmp_path):
     assert "the CUDA kernels cannot be built: no working nvcc was found" in output
 
 
+def test_an_nvcc_that_fails_leaves_the_cpu_library(source, objects, native_wheel, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(
+        '#!/bin/sh\ncase "$*" in\n'
+        '*csrc/cuda*) echo "x.cu(1): error: no such instruction" >&2; exit 1;;\nesac\n'
+        f'exec {tool("nvcc")} "$@"\n'
+    )
+    nvcc.chmod(0o755)
+    shutil.copytree(objects, tmp_path / "b")  # what has been compiled for the CPU is good for it
+    env = {
+        "CUDACXX": nvcc,
+        "GFL_KERNELS_BUILD": "auto",
+        "GFL_KERNELS_BUILD_DIR": tmp_path / "b",
+        "GFL_KERNELS_CUDA_ARCHITECTURES": "90",
+    }
+    wheel, output = build_wheel(source, tmp_path, "--no-build-isolation", **env)
+    folder = unpack(wheel, tmp_path / "unpacked")
+    why = "compilation failed: x.cu(1): error: no such instruction"
+    assert report(folder)["native"] and report(folder)["left_out"]["cuda"] == why
+    assert f"left out cuda: {why}" in output
+    out = python("import gfl_kernels as g; print(*g.backends().items(), sep='\\n')", folder)
+    assert "('cpu', 'ok')" in out and why in out
+
+
 def test_isolated_build_without_torch_says_what_to_type(source, tmp_path):
     env = {"GFL_KERNELS_BUILD_DIR": tmp_path / "b"}
     wheel, output = build_wheel(source, tmp_path, check=False, **env)

@@ -65,14 +65,32 @@ template <typename T>
 GFL_DEVICE void store_vector(T* to, const Vector<T>& v) {
   *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&v);
 }
+// A pointer that the compiler takes as it is. Otherwise it adds a loop's index to the offset that
+// the pointer was made of, which takes six instructions at every use instead of one.
+template <typename T>
+GFL_DEVICE T* settled(T* p) {
+  asm("" : "+l"(p));
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+GFL_DEVICE int settled(int n) {
+  asm("" : "+r"(n));
+  return n;
+}
+// Whether there is such an operand. Asked in a loop it is not kept in a register until then.
+GFL_DEVICE bool given(const Steps& steps) {
+  int present = steps.present;
+  asm volatile("" : "+r"(present));
+  return present;
+}
 GFL_DEVICE unsigned misalignment(const void* p) { return reinterpret_cast<uintptr_t>(p) & 15; }
 
-// A value of any dtype.
+// A value of any dtype; float32 is what there nearly always is.
 template <typename A>
 GFL_DEVICE A load_value(const void* from, int dtype, int64_t at) {
+  if (dtype == GFL_FLOAT32) return static_cast<A>(static_cast<const float*>(from)[at]);
+  asm volatile("" : "+l"(at));  // or the addresses of all cases would be computed before
   switch (dtype) {
-    case GFL_FLOAT32:
-      return static_cast<A>(static_cast<const float*>(from)[at]);
     case GFL_FLOAT64:
       return static_cast<A>(static_cast<const double*>(from)[at]);
     case GFL_BFLOAT16:
@@ -95,9 +113,10 @@ GFL_DEVICE A load_value(const void* from, int dtype, int64_t at) {
 // A label as a class, -1 for whatever is none in [0, classes): -1, 255, NaN, 1.5.
 GFL_DEVICE int class_of(const void* labels, int dtype, int64_t at, int classes) {
   if (dtype == GFL_INT64) {
-    const int64_t label = static_cast<const int64_t*>(labels)[at];
-    return label >= 0 && label < classes ? static_cast<int>(label) : -1;
+    const uint64_t label = static_cast<const uint64_t*>(labels)[at];
+    return label < static_cast<unsigned>(classes) ? static_cast<int>(label) : -1;
   }
+  asm volatile("" : "+l"(at));
   if (dtype <= GFL_FLOAT16) {
     const float label = load_value<float>(labels, dtype, at);
     if (!(label >= 0 && label < classes)) return -1;
@@ -110,31 +129,36 @@ GFL_DEVICE int class_of(const void* labels, int dtype, int64_t at, int classes) 
 
 // Rows
 
-// A row's place along the three innermost dimensions; the others have size 1.
-struct RowIndex {
-  int64_t outer, middle, inner;
-  bool single;  // one run: inner is all there is
-
-  GFL_MEMBER int64_t offset(const Steps& steps) const {
-    int64_t at = inner * steps.row[kInner];
-    if (!single) at += outer * steps.row[kInner - 2] + middle * steps.row[kInner - 1];
-    return at;
-  }
-};
-// n / d of numbers below 2^31: plan.cpp sends what has more to the general kernels. A 64-bit
-// division is a function call.
-GFL_DEVICE int64_t divide(int64_t n, int64_t d) {
+// Numbers of rows and their strides are below 2^31 here: plan.cpp sends what has more to the
+// general kernels. 64 bits of them would be four multiplications, and a division a function call;
+// their products have 64.
+GFL_DEVICE int64_t wide_product(int a, int b) {
+  int64_t product;  // the compiler would make 64 bits of both, and keep them
+  asm("mul.wide.s32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+}
+GFL_DEVICE int divide(int64_t n, int64_t d) {
   return static_cast<uint32_t>(n) / static_cast<uint32_t>(d);
 }
-GFL_DEVICE RowIndex run_at(const RowShape& rows, int64_t run, int64_t inner) {
-  if (rows.ndim == 1) return RowIndex{0, 0, inner, true};
-  const int64_t outer = divide(run, rows.size[kInner - 1]);
-  return RowIndex{outer, run - outer * rows.size[kInner - 1], inner, false};
+
+// A row's place along the three innermost dimensions; the others have size 1.
+struct RowIndex {
+  int outer, middle, inner;
+
+  GFL_MEMBER int64_t offset(const Steps& steps) const {
+    return wide_product(inner, steps.row[kInner]) + wide_product(outer, steps.row[kInner - 2]) +
+           wide_product(middle, steps.row[kInner - 1]);
+  }
+};
+GFL_DEVICE RowIndex run_at(const RowShape& rows, int run, int inner) {
+  if (rows.ndim == 1) return RowIndex{0, 0, inner};
+  const int size = rows.size[kInner - 1], outer = divide(run, size);
+  return RowIndex{outer, run - outer * size, inner};
 }
-GFL_DEVICE RowIndex row_at(const RowShape& rows, int64_t row) {
-  if (rows.ndim == 1) return RowIndex{0, 0, row, true};
-  const int64_t run = divide(row, rows.size[kInner]);
-  return run_at(rows, run, row - run * rows.size[kInner]);
+GFL_DEVICE RowIndex row_at(const RowShape& rows, int row) {
+  if (rows.ndim == 1) return RowIndex{0, 0, row};
+  const int size = rows.size[kInner], run = divide(row, size);
+  return run_at(rows, run, row - run * size);
 }
 
 // The same along any number of dimensions.
@@ -180,18 +204,19 @@ GFL_DEVICE A max_lanes(A value, int lanes) {
   return value;
 }
 
-// The block's sum to partials[blockIdx.x].
-template <int kThreads>
-GFL_DEVICE void leave_sum(double value, double* partials) {
-  __shared__ double sums[kThreads / 32];
-  value = sum_lanes(value, 32);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
+// The block's sum to partials[blockIdx.x]. A thread of the first warp adds up a column of the
+// block in A: shuffles in all warps would be more instructions than a row of classes has.
+template <int kThreads, typename A>
+GFL_DEVICE void leave_sum(A value, double* partials) {
+  __shared__ A values[kThreads];
+  values[threadIdx.x] = value;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    double total = sums[0];
-    for (int w = 1; w < kThreads / 32; ++w) total += sums[w];
-    partials[blockIdx.x] = total;
-  }
+  if (threadIdx.x >= 32) return;
+  A column = 0;
+#pragma unroll
+  for (int i = 0; i < kThreads; i += 32) column += values[i + threadIdx.x];
+  const double total = sum_lanes(static_cast<double>(column), 32);
+  if (threadIdx.x == 0) partials[blockIdx.x] = total;
 }
 
 }  // namespace gfl

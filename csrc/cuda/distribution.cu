@@ -256,6 +256,7 @@ struct Mover {
     const int bins = s.bins, shift = misalignment(at) / sizeof(T), elements = count * bins;
     // Without gaps in shared memory there are no rows to tell apart.
     const bool plain = s.row_step == bins && (kStore || !weights);
+#pragma unroll 1
     for (int first = threadIdx.x * V - shift; first < elements; first += kDistributionThreads * V) {
       if (first >= 0 && first + V <= elements) {
         if (plain && shift == 0) {
@@ -264,6 +265,7 @@ struct Mover {
         }
         int row = quotient(first, s.bins_magic), bin = first - row * bins;
         bool skip = skips(row);
+#pragma unroll 1
         for (int r = row + 1; skip && r * bins < first + V; ++r) skip = skips(r);
         if (skip) continue;
         move_vector(at + first, [&](int) {
@@ -275,6 +277,7 @@ struct Mover {
           return here;
         });
       } else {
+#pragma unroll 1
         for (int i = max(first, 0); i < min(first + V, elements); ++i) {
           const int row = quotient(i, s.bins_magic);
           if (!skips(row)) move(at + i, staged + (i + row * (s.row_step - bins)));
@@ -286,6 +289,7 @@ struct Mover {
   // A row's bins lie side by side.
   GFL_MEMBER void rows() const {
     const int bins = s.bins;
+#pragma unroll 1
     for (int i = threadIdx.x; i < count * s.slots; i += kDistributionThreads) {
       const int row = quotient(i, s.slots_magic);
       if (skips(row)) continue;
@@ -295,6 +299,7 @@ struct Mover {
       if (first >= 0 && first + V <= bins) {
         move_vector(place + first, [&](int j) { return stage + first + j; });
       } else {
+#pragma unroll 1
         for (int k = max(first, 0); k < min(first + V, bins); ++k) move(place + k, stage + k);
       }
     }
@@ -304,6 +309,7 @@ struct Mover {
   GFL_MEMBER void planes(bool wide) const {
     const int bins = s.bins, step = wide ? V : 1, across = s.tile_rows / step;  // a power of two
     const int bits = __ffs(across) - 1;
+#pragma unroll 1
     for (int i = threadIdx.x; i < bins << bits; i += kDistributionThreads) {
       const int bin = i >> bits, row = (i & (across - 1)) * step;
       Place* const place = at + row + bin * bin_stride;
@@ -314,6 +320,7 @@ struct Mover {
         for (int j = 0; j < V; ++j) skip &= skips(row + j);
         if (!skip) move_vector(place, [&](int j) { return stage + j * s.row_step; });
       } else {
+#pragma unroll 1
         for (int j = 0; j < step && row + j < count; ++j) {
           if (!skips(row + j)) move(place + j, stage + j * s.row_step);
         }
@@ -348,9 +355,10 @@ __global__ void __launch_bounds__(kDistributionThreads, 8)
   const int lane = threadIdx.x & (s.lanes - 1), in_tile = threadIdx.x / s.lanes;
   double total = 0;
   for (int64_t tile = blockIdx.x; tile < s.tiles; tile += gridDim.x) {
-    const int64_t run = s.rows.ndim == 1 ? 0 : divide(tile, s.tiles_per_run);
-    const int64_t first = (tile - run * s.tiles_per_run) * s.tile_rows;
-    const int count = min(static_cast<int64_t>(s.tile_rows), s.rows.size[kInner] - first);
+    const int run = s.rows.ndim == 1 ? 0 : divide(tile, s.tiles_per_run);
+    const int first =
+        (static_cast<int>(tile) - run * static_cast<int>(s.tiles_per_run)) * s.tile_rows;
+    const int count = min(s.tile_rows, static_cast<int>(s.rows.size[kInner]) - first);
     const RowIndex start = run_at(s.rows, run, first), at = run_at(s.rows, run, first + in_tile);
     const bool inside = in_tile < count;
     A w = inside ? A(1) : A(0);
@@ -399,7 +407,7 @@ __global__ void __launch_bounds__(kDistributionThreads, 8)
       __syncthreads();
     }
   }
-  if (partials) leave_sum<kDistributionThreads>(total, partials);
+  if (partials) leave_sum<kDistributionThreads>(static_cast<A>(total), partials);
 }
 
 // Any strides, any number of bins.
@@ -437,7 +445,7 @@ __global__ void __launch_bounds__(kDistributionThreads, 4)
       total += value;
     }
   }
-  if (partials) leave_sum<kDistributionThreads>(total, partials);
+  if (partials) leave_sum<kDistributionThreads>(static_cast<A>(total), partials);
 }
 
 }  // namespace

@@ -1,27 +1,38 @@
 // The CUDA implementations of the ops: on pred's device and the stream that is current there.
 #include "../ops.h"
 
+#if defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
+#define NOMINMAX
+#include <windows.h>
+#else
 #include <dlfcn.h>
+#endif
 
 #include "torch/csrc/stable/accelerator.h"
 
 namespace gfl {
 namespace {
 
-// A torch without CUDA lacks this function, so the library must not name it to the linker. Python
-// loads libtorch_cuda for itself alone, where RTLD_DEFAULT does not look.
+// What the process has loaded under a name of torch's CUDA library, or null. A torch without CUDA
+// lacks it, so the library must not name it to the linker.
+void* find_in_torch_cuda(const char* name) {
+#if defined(_WIN32)
+  const HMODULE torch_cuda = GetModuleHandleA("torch_cuda.dll");
+  return torch_cuda ? reinterpret_cast<void*>(GetProcAddress(torch_cuda, name)) : nullptr;
+#else
+  if (void* const found = dlsym(RTLD_DEFAULT, name)) return found;
+  // Python loads it for itself alone, where RTLD_DEFAULT does not look.
+  void* const torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  return torch_cuda ? dlsym(torch_cuda, name) : nullptr;
+#endif
+}
+
 using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
 
 CurrentStream current_stream() {
-  static const CurrentStream function = [] {
-    const char* const name = "aoti_torch_get_current_cuda_stream";
-    void* found = dlsym(RTLD_DEFAULT, name);
-    if (!found) {
-      void* const torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-      if (torch_cuda) found = dlsym(torch_cuda, name);
-    }
-    return reinterpret_cast<CurrentStream>(found);
-  }();
+  static const auto function =
+      reinterpret_cast<CurrentStream>(find_in_torch_cuda("aoti_torch_get_current_cuda_stream"));
   return function;
 }
 

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <bit>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -13,8 +15,8 @@
 namespace gfl {
 namespace {
 
-// 64-bit divisions are slow on a GPU: the kernels for common layouts divide numbers below this.
-constexpr int64_t kSmall = std::numeric_limits<int32_t>::max();
+// The kernels for common layouts compute in 32 bits where a row is.
+constexpr int64_t kSmall = 1 << 30;
 // Of shared memory, by which tiles of rows are cut: a dozen of them fit into a multiprocessor.
 constexpr int64_t kTileBytes = 18 * 1024, kSharedBytes = 48 * 1024;
 
@@ -29,6 +31,7 @@ Steps steps_of(const Operand& operand, int ndim) {
   for (int d = 0; d < ndim; ++d) steps.row[kMaxDims - ndim + d] = operand.row[d];
   steps.column = operand.column;
   steps.dtype = operand.dtype;
+  steps.present = operand.data != nullptr;
   return steps;
 }
 
@@ -44,9 +47,22 @@ RowShape rows_of(int ndim, const int64_t* size) {
   return rows;
 }
 
-// Rows along at most three dimensions, few enough to divide their numbers fast.
-bool simple(const RowShape& rows) {
-  return rows.ndim == 1 || (rows.ndim <= 3 && rows.count <= kSmall);
+// Whether a row is found in 32 bits: at most three dimensions, and their numbers and strides small.
+bool simple(const RowShape& rows, std::initializer_list<const Steps*> operands) {
+  if (rows.ndim > 3 || rows.count > kSmall) return false;
+  for (const Steps* steps : operands) {
+    for (int d = kMaxDims - rows.ndim; d < kMaxDims; ++d) {
+      if (std::abs(steps->row[d]) > kSmall) return false;
+    }
+    if (std::abs(steps->column) > kSmall) return false;
+  }
+  return true;
+}
+
+// Whether every row is aligned whose classes are neighbours.
+bool classes_aligned(const Operand& operand, const Steps& steps, int64_t vector) {
+  return aligned(operand) && steps.row[kInner] % vector == 0 &&
+         steps.row[kInner - 1] % vector == 0 && steps.row[kInner - 2] % vector == 0;
 }
 
 // Whether `vector` neighbouring rows are aligned wherever they begin at a multiple of it.
@@ -55,15 +71,15 @@ bool rows_aligned(const Operand& operand, const Steps& steps, int64_t vector) {
          steps.row[kInner - 2] % vector == 0;
 }
 
-// The most threads to a row of n equal parts, a power of two up to 32, that leave at most a tenth
-// of themselves idle beyond what fewer threads would.
-int lanes_for(int64_t n) {
+// For the most threads to a row of n equal parts, a power of two up to 32, that leave at most a
+// tenth of themselves idle beyond what fewer threads would: its logarithm.
+int lane_bits_for(int64_t n, int most = 5) {
   int64_t least = std::numeric_limits<int64_t>::max();
-  int best = 1;
-  for (int lanes = 1; lanes <= 32; lanes *= 2) {
-    const int64_t padded = ceil_div(n, lanes) * lanes;
+  int best = 0;
+  for (int bits = 0; bits <= most; ++bits) {
+    const int64_t padded = ceil_div(n, 1 << bits) << bits;
     least = std::min(least, padded);
-    if (padded * 10 <= least * 11) best = lanes;
+    if (padded * 10 <= least * 11) best = bits;
   }
   return best;
 }
@@ -147,10 +163,12 @@ void plan_quality(const QualityProblem& q, bool sum, QualityShape* s, Launch* la
       !dense || (quality_layout(q.target, s->target, q.classes) == layout &&
                  (q.target.dtype == q.pred.dtype || q.target.dtype == GFL_FLOAT32));
   if (layout < 0 || !same || !target_fits || q.pred.dtype == GFL_FLOAT64 || q.probabilities ||
-      q.beta != 2 || q.weight_per_class || !simple(s->rows) || q.classes > kSmall / 2) {
+      q.beta != 2 || q.weight_per_class || q.classes > kSmall / 2 ||
+      !simple(s->rows,
+              {&s->pred, &s->target, &s->score, &s->weight, &s->upstream, &s->loss, &s->grad})) {
     set_kernel(launch, kQualityGeneralKernel, q.pred.dtype);
-    s->lanes = q.pred.column == 1 ? lanes_for(q.classes) : 1;
-    set_grid(launch, ceil_div(s->rows.count, kQualityThreads / s->lanes), kQualityThreads);
+    s->lane_bits = q.pred.column == 1 ? lane_bits_for(q.classes) : 0;
+    set_grid(launch, ceil_div(s->rows.count, kQualityThreads >> s->lane_bits), kQualityThreads);
     return;
   }
   const int variant =
@@ -160,13 +178,20 @@ void plan_quality(const QualityProblem& q, bool sum, QualityShape* s, Launch* la
   if (layout == kPlanes) {
     if (q.classes == 1) s->pred.column = s->grad.column = s->target.column = 0;
     s->wide = rows_aligned(q.pred, s->pred, vector) &&
-              (!q.grad.data || rows_aligned(q.grad, s->grad, vector));
+              (!q.grad.data || rows_aligned(q.grad, s->grad, vector)) &&
+              (!dense || rows_aligned(q.target, s->target, vector));
     s->tiles_per_run = ceil_div(s->rows.size[kInner], 32 * vector);
     s->tiles = s->rows.count / s->rows.size[kInner] * s->tiles_per_run;
-    set_grid(launch, s->tiles, kQualityThreads);
+    s->part_bits = lane_bits_for(q.classes, 3);
+    const int64_t groups = kQualityThreads / 32 >> s->part_bits;
+    launch->shared_bytes = static_cast<int32_t>(groups * 32 * vector * kPlaneRowFloats * 4);
+    set_grid(launch, ceil_div(s->tiles, groups), kQualityThreads);
   } else {
-    s->lanes = lanes_for(ceil_div(q.classes, vector));
-    set_grid(launch, ceil_div(s->rows.count, kQualityThreads / s->lanes), kQualityThreads);
+    s->wide = q.classes % vector == 0 && classes_aligned(q.pred, s->pred, vector) &&
+              (!q.grad.data || classes_aligned(q.grad, s->grad, vector)) &&
+              (!dense || classes_aligned(q.target, s->target, vector));
+    s->lane_bits = lane_bits_for(ceil_div(q.classes, vector));
+    set_grid(launch, ceil_div(s->rows.count, kQualityThreads >> s->lane_bits), kQualityThreads);
   }
 }
 
@@ -188,10 +213,12 @@ void plan_distribution(const DistributionProblem& d, DistributionShape* s, Launc
           (s->rows.ndim > 1 && tile_rows >= 2 * s->rows.size[kInner]))) {
     tile_rows /= 2;
   }
-  if (s->pred_mode < 0 || s->grad_mode < 0 || d.bins < 2 || !simple(s->rows) ||
+  if (s->pred_mode < 0 || s->grad_mode < 0 || d.bins < 2 ||
+      !simple(s->rows, {&s->pred, &s->target, &s->weight_left, &s->weight_right, &s->weight,
+                        &s->upstream, &s->loss, &s->grad}) ||
       tile_rows * (row_step + 2) * bytes > kSharedBytes - 1024) {
     set_kernel(launch, kDistributionGeneralKernel, d.pred.dtype);
-    s->lanes = d.pred.column == 1 ? lanes_for(d.bins) : 1;
+    s->lanes = d.pred.column == 1 ? 1 << lane_bits_for(d.bins) : 1;
     set_grid(launch, ceil_div(s->rows.count, kDistributionThreads / s->lanes),
              kDistributionThreads);
     return;

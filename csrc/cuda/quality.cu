@@ -9,28 +9,15 @@
 namespace gfl {
 namespace {
 
-// A sparse target's elements of a thread, nearly all of which are background, whose formula takes
-// two thirds of the instructions of the whole one. The others are computed again, one by one:
-// hits() has a bit for each, and is asked where `any` says that there are some. quality(i) of a
-// hit.
-template <int n, typename Hits, typename Quality>
-GFL_DEVICE void sparse_loss_grad(const float (&x)[n], bool any, const Hits& hits,
-                                 const Quality& quality, LossGrad<float> (&result)[n]) {
+// As background, an element of this logit has loss and gradient 0.
+constexpr float kNoLogit = -INFINITY;
+
+// A sparse target's elements are background, whose formula takes two thirds of the instructions of
+// the whole one.
+template <int n>
+GFL_DEVICE void background_loss_grad(const float (&x)[n], LossGrad<float> (&result)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) result[i] = quality_background_loss_grad(x[i]);
-  if (any) {
-    for (unsigned left = hits(); left != 0; left &= left - 1) {
-      const int hit = __ffs(left) - 1;
-      float value = x[0];
-#pragma unroll
-      for (int i = 1; i < n; ++i) value = i == hit ? x[i] : value;  // no array in memory
-      const LossGrad<float> r = quality_square_loss_grad(value, quality(hit));
-#pragma unroll
-      for (int i = 0; i < n; ++i) {
-        if (i == hit) result[i] = r;
-      }
-    }
-  }
 }
 template <int n>
 GFL_DEVICE void dense_loss_grad(const float (&x)[n], const float (&q)[n],
@@ -39,32 +26,20 @@ GFL_DEVICE void dense_loss_grad(const float (&x)[n], const float (&q)[n],
   for (int i = 0; i < n; ++i) result[i] = quality_square_loss_grad(x[i], q[i]);
 }
 
-// Qualities of a dense target, in pred's dtype or float32.
+// Qualities of a dense target, in pred's dtype or float32; aligned.
 template <typename T, int n>
-GFL_DEVICE void load_qualities(const void* target, bool is_float, int64_t at, float (&q)[n]) {
+GFL_DEVICE void load_qualities(const void* from, bool is_float, float (&q)[n]) {
   if (sizeof(T) == 4 || !is_float) {
-    const T* const from = static_cast<const T*>(target) + at;
-    if (misalignment(from) == 0) {
-      const Vector<T> v = load_vector(from);
+    const Vector<T> v = load_vector(static_cast<const T*>(from));
 #pragma unroll
-      for (int i = 0; i < n; ++i) q[i] = widen(v.of[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < n; ++i) q[i] = widen(from[i]);
-    }
-    return;
-  }
-  const float* const from = static_cast<const float*>(target) + at;
-  if (misalignment(from) == 0) {
+    for (int i = 0; i < n; ++i) q[i] = widen(v.of[i]);
+  } else {
 #pragma unroll
     for (int i = 0; i < n; i += 4) {
-      const Vector<float> v = load_vector(from + i);
+      const Vector<float> v = load_vector(static_cast<const float*>(from) + i);
 #pragma unroll
       for (int j = 0; j < 4; ++j) q[i + j] = v.of[j];
     }
-  } else {
-#pragma unroll
-    for (int i = 0; i < n; ++i) q[i] = from[i];
   }
 }
 
@@ -74,44 +49,66 @@ GFL_DEVICE float load_quality(const void* target, bool is_float, int64_t at) {
                   : widen(static_cast<const T*>(target)[at]);
 }
 
-template <typename T, int kVariant>
-GFL_DEVICE double quality_rows(const void* pred, const void* target, const void* score,
-                               const void* weight, const void* upstream, float factor, float* loss,
-                               void* grad, const QualityShape& s) {
+// The thread's part of the loss. In float: with so few of its rows, errors of threads cancel out.
+template <typename T, int kVariant, typename Factor>
+GFL_DEVICE float quality_rows(const void* pred, const void* target, const void* score,
+                              const void* weight, const void* upstream, const Factor& factor,
+                              float* loss, void* grad, const QualityShape& s) {
   constexpr bool kHasLoss = kVariant & kLoss, kHasGrad = kVariant & kGrad,
                  kSparse = !(kVariant & kDense);
   constexpr int V = Vector<T>::kSize;
-  const int lanes = s.lanes, lane = threadIdx.x & (lanes - 1), classes = s.classes;
-  const int together = kQualityThreads / lanes;  // rows of a block
-  double total = 0;
-  for (int64_t first = int64_t{blockIdx.x} * together; first < s.rows.count;
-       first += int64_t{gridDim.x} * together) {
-    const int64_t row = first + threadIdx.x / lanes;
+  const int lanes = 1 << s.lane_bits, lane = threadIdx.x & (lanes - 1), classes = s.classes;
+  const int together = settled(kQualityThreads >> s.lane_bits);  // rows of a block
+  const int count = s.rows.count;
+  float total = 0;
+  int first = blockIdx.x * together;
+  do {  // there is a row for each block
+    const int row = first + (threadIdx.x >> s.lane_bits);
+    const auto at = [&] { return row_at(s.rows, row); };
+    int64_t x_at = wide_product(row, s.pred.row[kInner]),
+            g_at = kHasGrad ? wide_product(row, s.grad.row[kInner]) : 0,
+            target_at = wide_product(row, s.target.row[kInner]),
+            score_at = kSparse ? wide_product(row, s.score.row[kInner]) : 0;
+    if (s.rows.ndim > 1) {
+      const RowIndex place = at();
+      x_at = place.offset(s.pred);
+      g_at = kHasGrad ? place.offset(s.grad) : 0;
+      target_at = place.offset(s.target);
+      score_at = kSparse ? place.offset(s.score) : 0;
+    }
     float row_loss = 0;
-    RowIndex at{};
-    if (row < s.rows.count) {
-      at = row_at(s.rows, row);
+    if (row < count) {
       const float w =
-          weight ? load_value<float>(weight, s.weight.dtype, at.offset(s.weight)) : 1.0f;
-      T* const g_row = kHasGrad ? static_cast<T*>(grad) + at.offset(s.grad) : nullptr;
+          given(s.weight) ? load_value<float>(weight, s.weight.dtype, at().offset(s.weight)) : 1.0f;
+      T* const g_row = kHasGrad ? settled(static_cast<T*>(grad) + g_at) : nullptr;
       if (w != 0) {
-        float row_factor = factor * w;
-        if (kHasGrad && upstream) {
-          row_factor *= static_cast<const float*>(upstream)[at.offset(s.upstream)];
+        float row_factor = kHasGrad ? factor() * w : 0;
+        if (kHasGrad && given(s.upstream)) {
+          row_factor *= static_cast<const float*>(upstream)[at().offset(s.upstream)];
         }
-        const T* const x_row = static_cast<const T*>(pred) + at.offset(s.pred);
-        const int64_t target_at = at.offset(s.target);
+        const T* const x_row = settled(static_cast<const T*>(pred) + x_at);
+        const int q_bytes = s.target_is_float ? 4 : sizeof(T);
+        const char* const q_row = settled(static_cast<const char*>(target) + target_at * q_bytes);
         int label = -1;
         float quality = 0;
         if (kSparse) {
           label = class_of(target, s.target.dtype, target_at, classes);
-          quality = load_value<float>(score, s.score.dtype, at.offset(s.score));
+          quality = load_value<float>(score, s.score.dtype, score_at);
         }
         // [head, tail) are whole vectors; the ends of a misaligned row go one by one.
-        int head = (16 - misalignment(x_row)) % 16 / sizeof(T);
-        if (kHasGrad && misalignment(g_row) != misalignment(x_row)) head = classes;
-        head = min(head, classes);
-        const int tail = head + (classes - head) / V * V;
+        int head = 0, tail = classes;
+        if (!s.wide) {
+          head = (16 - misalignment(x_row)) % 16 / sizeof(T);
+          bool alike = true;
+          if (kHasGrad) alike = misalignment(g_row) == misalignment(x_row);
+          if (!kSparse) alike &= misalignment(q_row + head * q_bytes) == 0;
+          head = alike ? min(head, classes) : classes;
+          tail = head + (classes - head) / V * V;
+        }
+        const auto add_losses = [&](const LossGrad<float>(&r)[V]) {
+#pragma unroll
+          for (int i = 0; i < V; ++i) row_loss += r[i].loss;
+        };
 #pragma unroll 1
         for (int c = head + lane * V; c < tail; c += lanes * V) {
           Vector<T> raw = load_vector(x_row + c);
@@ -119,18 +116,32 @@ GFL_DEVICE double quality_rows(const void* pred, const void* target, const void*
           LossGrad<float> r[V];
 #pragma unroll
           for (int i = 0; i < V; ++i) x[i] = widen(raw.of[i]);
-          if constexpr (kSparse) {
-            const unsigned hit = label - c;
-            sparse_loss_grad(
-                x, hit < V, [&] { return 1u << hit; }, [&](int) { return quality; }, r);
+          const unsigned place = label - c;
+          if (kSparse && !kHasGrad) {
+            if (place < V) {
+              float hit = x[0];
+#pragma unroll
+              for (int i = 0; i < V; ++i) {
+                hit = i == place ? x[i] : hit;
+                x[i] = i == place ? kNoLogit : x[i];
+              }
+              row_loss += quality_square_loss_grad(hit, quality).loss;
+            }
+            background_loss_grad(x, r);
+            if (kHasLoss) add_losses(r);
+          } else if (kSparse && place >= V) {
+            background_loss_grad(x, r);
+            if (kHasLoss) add_losses(r);
           } else {
             float q[V];
-            load_qualities<T>(target, s.target_is_float, target_at + c, q);
-            dense_loss_grad(x, q, r);
-          }
-          if (kHasLoss) {
+            if constexpr (kSparse) {
 #pragma unroll
-            for (int i = 0; i < V; ++i) row_loss += r[i].loss;
+              for (int i = 0; i < V; ++i) q[i] = i == place ? quality : 0;
+            } else {
+              load_qualities<T>(q_row + static_cast<int64_t>(c) * q_bytes, s.target_is_float, q);
+            }
+            dense_loss_grad(x, q, r);
+            if (kHasLoss) add_losses(r);
           }
           if (kHasGrad) {
 #pragma unroll
@@ -138,16 +149,16 @@ GFL_DEVICE double quality_rows(const void* pred, const void* target, const void*
             store_vector(g_row + c, raw);
           }
         }
-        if (tail - head < classes) {
+        if (!s.wide) {
           const int ends = classes - (tail - head);
 #pragma unroll 1
           for (int i = lane; i < ends; i += lanes) {
             const int c = i < head ? i : i - head + tail;
             const float q = kSparse ? (c == label ? quality : 0.0f)
                                     : load_quality<T>(target, s.target_is_float, target_at + c);
-            const LossGrad<float> r = quality_square_loss_grad(widen(x_row[c]), q);
-            if (kHasLoss) row_loss += r.loss;
-            if (kHasGrad) narrow(r.grad * row_factor, g_row + c);
+            const LossGrad<float> one = quality_square_loss_grad(widen(x_row[c]), q);
+            if (kHasLoss) row_loss += one.loss;
+            if (kHasGrad) narrow(one.grad * row_factor, g_row + c);
           }
         }
         row_loss *= w;
@@ -157,65 +168,112 @@ GFL_DEVICE double quality_rows(const void* pred, const void* target, const void*
         for (int c = lane; c < classes; c += lanes) g_row[c] = zero;
       }
     }
-    if (kHasLoss && loss) {
+    if (kHasLoss && given(s.loss)) {
       row_loss = sum_lanes(row_loss, lanes);
-      if (lane == 0 && row < s.rows.count) loss[at.offset(s.loss)] = row_loss * factor;
+      if (lane == 0 && row < count) loss[at().offset(s.loss)] = row_loss * factor();
     } else if (kHasLoss) {
       total += row_loss;
     }
-  }
+    first += gridDim.x * together;
+  } while (first < count);
   return total;
 }
 
-template <typename T, int kVariant>
-GFL_DEVICE double quality_planes(const void* pred, const void* target, const void* score,
-                                 const void* weight, const void* upstream, float factor,
-                                 float* loss, void* grad, const QualityShape& s) {
+// What a thread keeps of its rows in shared memory: registers are for logits.
+template <int V>
+struct PlaneRows {
+  float* factor;  // of the gradient
+  float* weight;
+  float* hit;  // gradient of a row at its label
+  int* label;
+
+  template <typename A>
+  GFL_MEMBER void load(const A* from, A (&to)[V]) const {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) {
+      const Vector<A> v = load_vector(from + i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) to[i + j] = v.of[j];
+    }
+  }
+  // The smallest label from `from` on that is `from` modulo `step`, or `none`.
+  GFL_MEMBER int next_label(int from, int step, int none) const {
+    int labels[V], next = none;
+    load(label, labels);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const int ahead = labels[i] - from;
+      if (ahead >= 0 && (ahead & (step - 1)) == 0) next = min(next, labels[i]);
+    }
+    return next;
+  }
+};
+
+template <typename T, int kVariant, typename Factor>
+GFL_DEVICE float quality_planes(const void* pred, const void* target, const void* score,
+                                const void* weight, const void* upstream, const Factor& factor,
+                                float* loss, void* grad, const QualityShape& s) {
   constexpr bool kHasLoss = kVariant & kLoss, kHasGrad = kVariant & kGrad,
                  kSparse = !(kVariant & kDense);
   constexpr int V = Vector<T>::kSize, kWarps = kQualityThreads / 32, kTile = 32 * V;
+  extern __shared__ uint4 shared[];
   __shared__ float sums[kHasLoss ? kWarps * kTile : 1];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, classes = s.classes;
-  const int64_t length = s.rows.size[kInner];
+  // A group of `parts` warps has a tile, of which a warp computes every parts-th class.
+  const int parts = 1 << s.part_bits, part = warp & (parts - 1), group = warp >> s.part_bits,
+            groups = kWarps >> s.part_bits;
+  float* const staged = reinterpret_cast<float*>(shared) + group * kTile * kPlaneRowFloats;
+  int* const staged_labels = reinterpret_cast<int*>(staged) + 3 * kTile;
+  const PlaneRows<V> mine{staged + lane * V, staged + kTile + lane * V,
+                          staged + 2 * kTile + lane * V, staged_labels + lane * V};
+  const int length = s.rows.size[kInner], tiles = s.tiles;
   // Without alignment a thread's rows lie apart, so that neighbours' do not.
   const int step = s.wide ? 1 : 32;
-  double total = 0;
-  for (int64_t tile = blockIdx.x; tile < s.tiles; tile += gridDim.x) {
-    const int64_t run = s.rows.ndim == 1 ? 0 : divide(tile, s.tiles_per_run);
-    const int64_t row = (tile - run * s.tiles_per_run) * kTile + lane * (s.wide ? V : 1);
-    const RowIndex start = run_at(s.rows, run, row);
-    const auto at = [&](int i) {
-      return RowIndex{start.outer, start.middle, row + i * step, start.single};
-    };
-    const auto row_weight = [&](int i) {
-      if (row + i * step >= length) return 0.0f;
-      return weight ? load_value<float>(weight, s.weight.dtype, at(i).offset(s.weight)) : 1.0f;
-    };
-    float row_factor[V], row_loss[V];
-    int label[V];
+  float total = 0;
+  for (int base = blockIdx.x * groups; base < tiles; base += gridDim.x * groups) {
+    const int tile = base + group, tiles_per_run = s.tiles_per_run;
+    const int run = s.rows.ndim == 1 ? 0 : divide(tile, tiles_per_run);
+    const int first = tile < tiles ? (tile - run * tiles_per_run) * kTile : length;
+    const RowIndex start = run_at(s.rows, run, first);
+    const auto at = [&](int row) { return RowIndex{start.outer, start.middle, row}; };
+    __syncthreads();  // what the tile before has left has been read
+    for (int i = part * 32 + lane; i < kTile; i += 32 * parts) {
+      const int row = first + i, slot = s.wide ? i : i % 32 * V + i / 32;
+      float w = 0, row_factor = 0;
+      int label = -1;
+      if (row < length) {
+        const RowIndex here = at(row);
+        w = given(s.weight) ? load_value<float>(weight, s.weight.dtype, here.offset(s.weight))
+                            : 1.0f;
+        if (w != 0) {
+          if (kHasGrad) row_factor = factor() * w;
+          if (kHasGrad && given(s.upstream)) {
+            row_factor *= static_cast<const float*>(upstream)[here.offset(s.upstream)];
+          }
+          if (kSparse) label = class_of(target, s.target.dtype, here.offset(s.target), classes);
+        }
+      }
+      staged[slot] = row_factor;
+      staged[kTile + slot] = w;
+      staged_labels[slot] = label;
+    }
+    __syncthreads();
+    const int row = first + lane * (s.wide ? V : 1);
+    float row_loss[V], row_weight[V];
     unsigned unread = 0;  // bits of rows that are not there or have weight 0
+    mine.load(mine.weight, row_weight);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const float w = row_weight(i);
-      row_factor[i] = row_loss[i] = 0;
-      label[i] = -1;
-      if (w != 0) {
-        row_factor[i] = factor * w;
-        if (kHasGrad && upstream) {
-          row_factor[i] *= static_cast<const float*>(upstream)[at(i).offset(s.upstream)];
-        }
-        if (kSparse) label[i] = class_of(target, s.target.dtype, at(i).offset(s.target), classes);
-      } else {
-        unread |= 1u << i;
-      }
+      row_loss[i] = 0;
+      unread |= row_weight[i] == 0 ? 1u << i : 0;
     }
-    const bool any_read = unread + 1 != 1u << V;
-    const bool full = s.wide && row + V <= length;
-    const int64_t x_at = start.offset(s.pred), g_at = kHasGrad ? start.offset(s.grad) : 0,
-                  t_at = kSparse ? 0 : start.offset(s.target);
+    const bool any_read = unread + 1 != 1u << V, full = s.wide && row + V <= length;
+    const int64_t x_at = at(row).offset(s.pred), g_at = kHasGrad ? at(row).offset(s.grad) : 0,
+                  t_at = kSparse ? 0 : at(row).offset(s.target);
+    int next = kSparse ? mine.next_label(part, parts, classes) : classes;
 #pragma unroll 1
-    for (int c = warp; c < classes; c += kWarps) {
-      const T* const x_row = static_cast<const T*>(pred) + (x_at + c * s.pred.column);
+    for (int c = part; c < classes; c += parts) {
+      const T* const x_row = static_cast<const T*>(pred) + (x_at + wide_product(c, s.pred.column));
       float x[V], q[V] = {};
       Vector<T> raw{};
       if (full) {
@@ -227,9 +285,13 @@ GFL_DEVICE double quality_planes(const void* pred, const void* target, const voi
         }
       }
       if (!kSparse) {
-        const int64_t q_at = t_at + c * s.target.column;
+        const int64_t q_at = t_at + wide_product(c, s.target.column);
         if (full) {
-          if (any_read) load_qualities<T>(target, s.target_is_float, q_at, q);
+          const int q_bytes = s.target_is_float ? 4 : sizeof(T);
+          if (any_read) {
+            load_qualities<T>(static_cast<const char*>(target) + q_at * q_bytes, s.target_is_float,
+                              q);
+          }
         } else {
 #pragma unroll
           for (int i = 0; i < V; ++i) {
@@ -238,30 +300,37 @@ GFL_DEVICE double quality_planes(const void* pred, const void* target, const voi
           }
         }
       }
-      bool any = false;
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        x[i] = widen(raw.of[i]);
-        any |= label[i] == c;
-      }
+      for (int i = 0; i < V; ++i) x[i] = widen(raw.of[i]);
       if (unread) {
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          if (unread >> i & 1) x[i] = q[i] = 0;  // whatever has come with the others
+          if (unread >> i & 1) {  // whatever has come with the others
+            x[i] = kNoLogit;
+            q[i] = 0;
+          }
         }
       }
       LossGrad<float> r[V];
-      if constexpr (kSparse) {
-        const auto hits = [&] {
-          unsigned bits = 0;
+      const bool hit = kSparse && c == next;
+      if (hit) {
+        int labels[V];
+        mine.load(mine.label, labels);
 #pragma unroll
-          for (int i = 0; i < V; ++i) bits |= (label[i] == c ? 1u : 0u) << i;
-          return bits;
-        };
-        const auto quality = [&](int i) {
-          return load_value<float>(score, s.score.dtype, at(i).offset(s.score));
-        };
-        sparse_loss_grad(x, any, hits, quality, r);
+        for (int i = 0; i < V; ++i) {
+          if (labels[i] == c) {
+            const float quality =
+                load_value<float>(score, s.score.dtype, at(row + i * step).offset(s.score));
+            const LossGrad<float> one = quality_square_loss_grad(x[i], quality);
+            if (kHasLoss) row_loss[i] += one.loss;
+            if (kHasGrad) mine.hit[i] = one.grad;
+            x[i] = kNoLogit;
+          }
+        }
+        next = mine.next_label(c + parts, parts, classes);
+      }
+      if constexpr (kSparse) {
+        background_loss_grad(x, r);
       } else {
         dense_loss_grad(x, q, r);
       }
@@ -270,9 +339,19 @@ GFL_DEVICE double quality_planes(const void* pred, const void* target, const voi
         for (int i = 0; i < V; ++i) row_loss[i] += r[i].loss;
       }
       if (kHasGrad) {
-        T* const g_row = static_cast<T*>(grad) + (g_at + c * s.grad.column);
+        T* const g_row = static_cast<T*>(grad) + (g_at + wide_product(c, s.grad.column));
+        float row_factor[V];
+        mine.load(mine.factor, row_factor);
 #pragma unroll
         for (int i = 0; i < V; ++i) narrow(r[i].grad * row_factor[i], &raw.of[i]);
+        if (hit) {
+          int labels[V];
+          mine.load(mine.label, labels);
+#pragma unroll
+          for (int i = 0; i < V; ++i) {
+            if (labels[i] == c) narrow(mine.hit[i] * row_factor[i], &raw.of[i]);
+          }
+        }
         if (full) {
           store_vector(g_row, raw);
         } else {
@@ -283,42 +362,46 @@ GFL_DEVICE double quality_planes(const void* pred, const void* target, const voi
         }
       }
     }
-    if (kHasLoss && loss) {
-      __syncthreads();  // the sums of the tile before have been read
+    if (kHasLoss) {
+      mine.load(mine.weight, row_weight);
 #pragma unroll
-      for (int i = 0; i < V; ++i) sums[warp * kTile + lane + i * 32] = row_loss[i] * row_weight(i);
+      for (int i = 0; i < V; ++i) row_loss[i] *= row_weight[i];
+    }
+    if (kHasLoss && given(s.loss)) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) sums[warp * kTile + lane + i * 32] = row_loss[i];
       __syncthreads();
-      if (warp == 0) {
+      if (part == 0) {
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           float sum = 0;
-          for (int j = 0; j < kWarps; ++j) sum += sums[j * kTile + lane + i * 32];
-          if (row + i * step < length) loss[at(i).offset(s.loss)] = sum * factor;
+#pragma unroll 1
+          for (int j = 0; j < parts; ++j) sum += sums[(warp + j) * kTile + lane + i * 32];
+          if (row + i * step < length) loss[at(row + i * step).offset(s.loss)] = sum * factor();
         }
       }
     } else if (kHasLoss) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) total += row_loss[i] * row_weight(i);
+      for (int i = 0; i < V; ++i) total += row_loss[i];
     }
   }
   return total;
 }
 
-// What the compiler cuts registers for: 64 of them, but where a thread keeps label, factor and loss
-// of eight rows.
-constexpr int resident_blocks(int dtype, int variant) {
-  return dtype != GFL_FLOAT32 && variant == (kLoss | kGrad | kPlanes) ? 2 : 4;
-}
-
 template <int kDtype, int kVariant>
-__global__ void __launch_bounds__(kQualityThreads, resident_blocks(kDtype, kVariant))
+__global__ void __launch_bounds__(kQualityThreads, 4)  // 64 registers
     quality_kernel(const void* pred, const void* target, const void* score, const void* weight,
                    const void* upstream, const void* avg_factor, void* loss, double* partials,
                    void* grad, const __grid_constant__ QualityShape s) {
   using T = typename Element<kDtype>::type;
-  const float factor = scale_factor<float>(s.scale, avg_factor);
+  float known = 0;
+  if (kVariant & kGrad) known = scale_factor<float>(s.scale, avg_factor);
+  // A sum is multiplied by finish_kernel.
+  const auto factor = [&] {
+    return kVariant & kGrad ? known : scale_factor<float>(s.scale, avg_factor);
+  };
   float* const row_losses = static_cast<float*>(loss);
-  double total;
+  float total;
   if constexpr (kVariant & kPlanes) {
     total = quality_planes<T, kVariant>(pred, target, score, weight, upstream, factor, row_losses,
                                         grad, s);
@@ -326,7 +409,7 @@ __global__ void __launch_bounds__(kQualityThreads, resident_blocks(kDtype, kVari
     total = quality_rows<T, kVariant>(pred, target, score, weight, upstream, factor, row_losses,
                                       grad, s);
   }
-  if (kVariant & kLoss && partials) leave_sum<kQualityThreads>(total, partials);
+  if (kVariant & kLoss && !given(s.loss)) leave_sum<kQualityThreads>(total, partials);
 }
 
 template <int kDtype, int... kVariants>

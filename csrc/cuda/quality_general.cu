@@ -16,12 +16,13 @@ __global__ void __launch_bounds__(kQualityThreads, 3)
   using T = typename Element<kDtype>::type;
   using A = typename Element<kDtype>::acc;
   const A factor = scale_factor<A>(s.scale, avg_factor), beta = static_cast<A>(s.beta);
-  const int lane = threadIdx.x & (s.lanes - 1), together = kQualityThreads / s.lanes;
+  const int lanes = 1 << s.lane_bits, lane = threadIdx.x & (lanes - 1);
+  const int together = kQualityThreads >> s.lane_bits;
   const bool sparse = score != nullptr;
   double total = 0;
   for (int64_t first = int64_t{blockIdx.x} * together; first < s.rows.count;
        first += int64_t{gridDim.x} * together) {
-    const int64_t row = first + threadIdx.x / s.lanes;
+    const int64_t row = first + (threadIdx.x >> s.lane_bits);
     const bool inside = row < s.rows.count;
     A row_loss = 0, w = 0;
     int64_t at[7];
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kQualityThreads, 3)
         quality = load_value<A>(score, s.score.dtype, at[2]);
       }
 #pragma unroll 1
-      for (int64_t c = lane; c < s.classes; c += s.lanes) {
+      for (int64_t c = lane; c < s.classes; c += lanes) {
         A element_weight = 1;
         if (s.weight_per_class) {
           element_weight = load_value<A>(weight, s.weight.dtype, at[3] + c * s.weight.column);
@@ -63,12 +64,12 @@ __global__ void __launch_bounds__(kQualityThreads, 3)
       row_loss *= w;
     }
     if (loss) {
-      row_loss = sum_lanes(row_loss, s.lanes);
+      row_loss = sum_lanes(row_loss, lanes);
       if (lane == 0 && inside) static_cast<A*>(loss)[at[5]] = row_loss * factor;
     }
     total += row_loss;
   }
-  if (partials) leave_sum<kQualityThreads>(total, partials);
+  if (partials) leave_sum<kQualityThreads>(static_cast<A>(total), partials);
 }
 
 // factor * the sum of the blocks' sums, in a fixed order. One block.
@@ -78,7 +79,13 @@ __global__ void __launch_bounds__(kFinishThreads)
                   Scale scale) {
   __shared__ double result;
   double total = 0;
-  for (int i = threadIdx.x; i < count; i += kFinishThreads) total += partials[i];
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += 16 * kFinishThreads) {
+#pragma unroll  // so many loads at once
+    for (int j = i; j < i + 16 * kFinishThreads; j += kFinishThreads) {
+      if (j < count) total += partials[j];
+    }
+  }
   leave_sum<kFinishThreads>(total, &result);
   if (threadIdx.x == 0) {
     using T = typename Element<kDtype>::type;

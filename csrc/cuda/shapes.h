@@ -11,7 +11,7 @@ namespace gfl {
 // Blocks walk over tiles with this many at most: a constant, because the order of a sum must not
 // depend on the GPU. As many partial sums are left to finish_kernel.
 constexpr int kMaxBlocks = 4096;
-constexpr int kFinishThreads = 256;
+constexpr int kFinishThreads = 64;
 
 // The innermost row dimension is the last one; those in front of the outermost have size 1.
 constexpr int kInner = kMaxDims - 1;
@@ -39,6 +39,7 @@ struct Scale {
 // template; quality_general_kernel takes whatever there is.
 enum QualityVariant { kLoss = 1, kGrad = 2, kDense = 4, kPlanes = 8 };
 constexpr int kQualityThreads = 256;
+constexpr int kPlaneRowFloats = 4;  // of shared memory, for each row of a tile of kPlanes
 
 struct QualityShape {
   RowShape rows;
@@ -47,8 +48,9 @@ struct QualityShape {
   double beta;
   int64_t classes;
   int64_t tiles, tiles_per_run;  // kPlanes
-  int32_t lanes;                 // threads that share a row, a power of two up to 32
-  bool wide;                     // kPlanes: every vector of rows is aligned
+  int32_t lane_bits;             // 2^lane_bits threads share a row, up to 32
+  int32_t part_bits;             // kPlanes: 2^part_bits warps share a tile of rows, up to 8
+  bool wide;  // pred, target and grad: rows are whole aligned vectors; kPlanes: vectors of rows are
   bool target_is_float;
   bool weight_per_class, probabilities;  // general
 };

@@ -646,7 +646,7 @@ def head_cls_kernel(
     label, score = None, None
     if not DENSE:
         label = class_index(value_of_cell(labels, label_strides, level, outer, cell, inside), C)
-        score = tl.load(quality + outer * anchors + anchor, mask=inside, other=0.0)
+        score = tl.load(quality + outer * anchors + anchor, mask=read, other=0.0)
     row_loss = quality_rows(
         matrix_of(cls, cls_strides, level),
         matrix_of(grad, grad_strides, level),

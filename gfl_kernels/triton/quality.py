@@ -96,7 +96,7 @@ def quality_rows(
     target,
     weight,
     label,  # [TILE_ROWS], of rows that are read in [0, C) or -1; None with a dense target
-    quality,  # [TILE_ROWS] or None
+    quality,  # [TILE_ROWS], 0 of rows that are not read; or None
     outer,
     middle,
     row,
@@ -332,6 +332,7 @@ def quality_kernel(
         label = class_index(row_values(target, start + row * target_row, inside), C)
         start = outer * score_outer + middle * score_middle
         quality = row_values(score, start + row * score_row, inside).to(ACC)
+        quality = tl.where(read, quality, 0.0)
     row_loss = quality_rows(
         (pred, pred_outer, pred_middle, pred_row, pred_column),
         (grad, grad_outer, grad_middle, grad_row, grad_column),
@@ -396,7 +397,7 @@ def config(
     no vectors, or 64 registers would not hold more.
 
     A step is 32 bytes of a row, a whole sector: the fewer lanes share a row, the less often what a
-    row has is worked out. Of planes it is 8 classes, a lane having neighbouring rows; without
+    row has is worked out. Of planes it is 4 classes, a lane having neighbouring rows; without
     vectors 32. It is a smaller power of two if padding would cost over 3 % more than the least. A
     few steps are unrolled, with their loads in flight at once, if registers allow.
     """
@@ -406,14 +407,14 @@ def config(
     half = itemsize == 2
     vector = min(unit, 16 // itemsize)
     narrow = vector == 1 or itemsize == 8 or not square or (both and dense)
-    largest = 8 if planes else 32 if vector == 1 else max(8, 32 // itemsize)
-    steps = [s for s in (1, 2, 4, 8, 16, 32) if min(8, classes) <= s <= largest]
+    largest = 4 if planes else 32 if vector == 1 else max(8, 32 // itemsize)
+    steps = [s for s in (1, 2, 4, 8, 16, 32) if min(8, classes, largest) <= s <= largest]
     padded = [-(-classes // s) * s for s in steps]
     step = max(s for s, p in zip(steps, padded, strict=True) if p <= 1.03 * min(padded))
     count = -(-classes // step)
     crowded = itemsize == 8 or not square or (half and (both or probabilities))
-    unroll = count if count <= 10 and not crowded else 1
-    logits = 1024 if (planes or half) and not narrow else 512
+    unroll = 1 if crowded else min(count, 10) if planes or count <= 10 else 1
+    logits = 1024 if half and not planes and not narrow else 512
     return Config(logits // step, step, unroll, logits // (32 * max(vector, 4 if narrow else 8)))
 
 

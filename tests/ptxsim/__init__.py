@@ -8,7 +8,7 @@
 >>> print(dev.reports[-1])
 """
 
-from .cubin import KernelInfo, cubin_info, ptxas_info
+from .cubin import KernelInfo, assemble, cubin_info, ptxas_info
 from .errors import (
     Deadlock,
     DeviceError,
@@ -47,6 +47,7 @@ __all__ = [
     "TritonDevice",
     "UninitializedRead",
     "UnsupportedInstruction",
+    "assemble",
     "compile_ptx",
     "cubin_info",
     "demangle",

@@ -123,13 +123,19 @@ def _count_sass(info: KernelInfo, text: str) -> None:
         info.mufu += n * (base == "MUFU")
 
 
-def ptxas_info(ptx: str, arch: str = "sm_90", extra: tuple[str, ...] = ()) -> dict[str, KernelInfo]:
-    """What ``ptxas -v`` says of PTX text (also spills in bytes), and the SASS counts."""
+def assemble(ptx: str, arch: str = "sm_90", extra: tuple[str, ...] = ()) -> tuple[bytes, str]:
+    """The cubin that ptxas makes of PTX text, and what it prints."""
     with tempfile.TemporaryDirectory() as tmp:
         source, binary = os.path.join(tmp, "kernel.ptx"), os.path.join(tmp, "kernel.cubin")
         Path(source).write_text(ptx)
-        log = _run(_ptxas_for(ptx), "-v", f"-arch={arch}", *extra, source, "-o", binary)
-        out = cubin_info(binary)
+        log = _run(_ptxas_for(ptx), f"-arch={arch}", *extra, source, "-o", binary)
+        return Path(binary).read_bytes(), log
+
+
+def ptxas_info(ptx: str, arch: str = "sm_90", extra: tuple[str, ...] = ()) -> dict[str, KernelInfo]:
+    """What ``ptxas -v`` says of PTX text (also spills in bytes), and the SASS counts."""
+    cubin, log = assemble(ptx, arch, ("-v", *extra))
+    out = cubin_info(cubin)
     for m in re.finditer(
         r"Function properties for (\S+)\s*\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads\s*\n.*?Used (\d+) registers(.*)",

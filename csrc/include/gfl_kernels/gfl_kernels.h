@@ -19,8 +19,10 @@
 
 #include <stdint.h>
 
-#if defined(_WIN32)
+#if defined(_WIN32) && defined(gfl_native_EXPORTS) /* CMake defines it in the library itself */
 #define GFL_API __declspec(dllexport)
+#elif defined(_WIN32)
+#define GFL_API __declspec(dllimport)
 #else
 #define GFL_API __attribute__((visibility("default")))
 #endif
