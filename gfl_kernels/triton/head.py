@@ -18,6 +18,7 @@ from ..reference import accumulate_dtype
 from .launch import (
     COLUMNS,
     INTERPRETED,
+    INTERPRETED_ELEMENTS,
     NEITHER,
     ROWS,
     Layout,
@@ -101,6 +102,12 @@ def matrix_of(pointers, strides, level):
 
 
 @triton.jit
+def stride_of(pixels, level, ACC: tl.constexpr):
+    """The stride of a level in pixels, which comes in two parts."""
+    return of_level(pixels, level, 0, 2).to(ACC) + of_level(pixels, level, 1, 2).to(ACC)
+
+
+@triton.jit
 def in_matrix(matrix, outer, middle, row, column, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr):
     """Pointers to elements, of rows x columns as they broadcast."""
     start = outer * matrix[1] + middle * matrix[2]
@@ -173,50 +180,36 @@ def upstream_of_level(total, each, each_step, level):
     return result
 
 
-# Positives
+# Positives. They are few: a program walks those of its tile, GROUP at a time. What there is of each
+# side of each box is [4 * GROUP], the sides left, top, right and bottom of one box neighbours.
 
 
 @triton.jit
-def side_of_box(
-    box,  # matrix_of
-    outer,
-    middle,
-    row,
-    point,  # [TILE], its coordinate of this side's axis
-    target,  # [TILE], the target's
-    limit,
-    positive,
-    SIDE: tl.constexpr,
-    K: tl.constexpr,
-    PADDED: tl.constexpr,
-    ACC: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """(coordinate, distance, e, inverse, left, wl, wr, dfl) of one side of each positive: the
-    softmax is e * inverse, e [TILE, PADDED]. Cells that are not positive are not read and have
-    values of their own.
-    """
-    k = tl.arange(0, PADDED)[None, :]
-    real = k < K
-    at = in_matrix(box, outer, middle, row[:, None], SIDE * K + k, 0, 1)
-    z = tl.load(at, mask=positive[:, None] & real, other=0.0).to(ACC)
-    z = tl.where(real, z, float("-inf"))  # padding never wins and adds exp(-inf) = 0
-    shifted = z - tl.max(z, axis=1)[:, None]
-    e = exponential(shifted)
-    sums = tl.sum(e, axis=1)
-    inverse = reciprocal(sums, FAST)
-    distance = tl.sum(e * k.to(ACC), axis=1) * inverse
-    if SIDE < 2:
-        coordinate = point - distance
-        goal = point - target
-    else:
-        coordinate = point + distance
-        goal = target - point
-    left, wl, wr = split_target(goal, limit)
-    z_left = tl.sum(tl.where(left[:, None] == k, shifted, 0.0), axis=1)
-    z_right = tl.sum(tl.where(left[:, None] == k - 1, shifted, 0.0), axis=1)
-    dfl = distribution_loss(logarithm(sums), wl, wr, z_left, z_right)
-    return coordinate, distance, e, inverse, left, wl, wr, dfl
+def ranks(positive):
+    """How many positives of the tile come before each; -1 where there is none."""
+    return tl.where(positive, tl.cumsum(positive.to(tl.int32), axis=0) - 1, -1)
+
+
+@triton.jit
+def place_of(rank, n):
+    """Where in the tile the n-th positives are; 0 where there are not so many."""
+    place = tl.arange(0, rank.shape[0])[None, :]
+    return tl.sum(tl.where(rank[None, :] == n[:, None], place, 0), axis=1)
+
+
+@triton.jit
+def split_sides(x, GROUP: tl.constexpr):
+    """[4 * GROUP] as a tuple of four [GROUP]."""
+    horizontal, vertical = tl.split(tl.reshape(x, (GROUP, 2, 2)))
+    x1, x2 = tl.split(horizontal)
+    y1, y2 = tl.split(vertical)
+    return x1, y1, x2, y2
+
+
+@triton.jit
+def join_sides(parts, GROUP: tl.constexpr):
+    pairs = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
+    return tl.reshape(pairs, (4 * GROUP,))
 
 
 @triton.jit
@@ -226,44 +219,49 @@ def assess_boxes(
     point_strides,
     targets,  # of boxes
     target_strides,
-    pixels,  # per level and in two parts: the stride
+    stride,
     level,
     outer,
     middle,
-    row,
+    row,  # [4 * GROUP], as the next
     cell,
-    positive,
+    side,  # 0 to 3
+    there,
     limit,
     K: tl.constexpr,
     PADDED: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """(sides, boxes, targets, stride): side_of_box of each; boxes in units of the stride."""
-    stride = of_level(pixels, level, 0, 2).to(ACC) + of_level(pixels, level, 1, 2).to(ACC)
-    point_at = of_level(points, level) + cell * integer_of(point_strides, level, 0, 2)
-    target_at = of_level(targets, level) + (
-        outer * integer_of(target_strides, level, 0, 3)
-        + cell * integer_of(target_strides, level, 1, 3)
-    )
-    over = tl.full(positive.shape, 1.0, ACC) * stride
-    sides = ()
-    boxes = ()
-    goals = ()
-    for s in tl.static_range(4):
-        axis = (s % 2) * integer_of(point_strides, level, 1, 2)
-        point = tl.load(point_at + axis, mask=positive, other=0.0).to(ACC)
-        corner = s * integer_of(target_strides, level, 2, 3)
-        target = tl.load(target_at + corner, mask=positive, other=0.0).to(ACC)
-        point = quotient(point, over)
-        target = quotient(target, over)
-        side = side_of_box(
-            box, outer, middle, row, point, target, limit, positive, s, K, PADDED, ACC, FAST
-        )
-        sides = sides + (side,)
-        boxes = boxes + (side[0],)
-        goals = goals + (target,)
-    return sides, boxes, goals, stride
+    """(corner, target, distance, e, inverse, left, wl, wr, dfl) of each side, lengths in units of
+    the stride: the softmax is e * inverse, e [4 * GROUP, PADDED]. Where nothing is there nothing is
+    read.
+    """
+    k = tl.arange(0, PADDED)[None, :]
+    real = k < K
+    at = in_matrix(box, outer, middle, row[:, None], (side * K)[:, None] + k, 0, 1)
+    z = tl.load(at, mask=there[:, None] & real, other=0.0).to(ACC)
+    z = tl.where(real, z, float("-inf"))  # padding never wins and adds exp(-inf) = 0
+    shifted = z - tl.max(z, axis=1)[:, None]
+    e = exponential(shifted)
+    sums = tl.sum(e, axis=1)
+    inverse = reciprocal(sums, FAST)
+    distance = tl.sum(e * k.to(ACC), axis=1) * inverse
+
+    at = of_level(points, level) + cell * integer_of(point_strides, level, 0, 2)
+    at += (side % 2) * integer_of(point_strides, level, 1, 2)
+    point = quotient(tl.load(at, mask=there, other=0.0).to(ACC), stride)
+    at = of_level(targets, level) + outer * integer_of(target_strides, level, 0, 3)
+    at += cell * integer_of(target_strides, level, 1, 3)
+    at += side * integer_of(target_strides, level, 2, 3)
+    target = quotient(tl.load(at, mask=there, other=0.0).to(ACC), stride)
+    low = side < 2
+    corner = tl.where(low, point - distance, point + distance)
+    left, wl, wr = split_target(tl.where(low, point - target, target - point), limit)
+    z_left = tl.sum(tl.where(left[:, None] == k, shifted, 0.0), axis=1)
+    z_right = tl.sum(tl.where(left[:, None] == k - 1, shifted, 0.0), axis=1)
+    dfl = distribution_loss(logarithm(sums), wl, wr, z_left, z_right)
+    return corner, target, distance, e, inverse, left, wl, wr, dfl
 
 
 @triton.jit
@@ -271,20 +269,19 @@ def highest_score(
     cls,  # matrix_of
     outer,
     middle,
-    row,
-    positive,
+    row,  # [GROUP]
+    there,
     C: tl.constexpr,
-    TILE: tl.constexpr,
     STEP: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """The highest sigmoid of each positive; NaN if one of its logits is."""
-    high = tl.full((TILE, STEP), float("-inf"), ACC)
+    """The highest sigmoid of an anchor; NaN if one of its logits is."""
+    high = tl.full((row.shape[0], STEP), float("-inf"), ACC)
     for first in range(0, C, STEP):
         c = first + tl.arange(0, STEP)[None, :]
         at = in_matrix(cls, outer, middle, row[:, None], c, 0, 1)
-        x = tl.load(at, mask=positive[:, None] & (c < C), other=float("-inf")).to(ACC)
+        x = tl.load(at, mask=there[:, None] & (c < C), other=float("-inf")).to(ACC)
         high = tl.where((x > high) | (x != x), x, high)
     wrong = tl.max((high != high).to(tl.int32), axis=1) > 0
     return tl.where(wrong, float("nan"), sigmoid(tl.max(high, axis=1), FAST))
@@ -295,18 +292,17 @@ def sum_of_targets(
     targets,  # matrix_of
     outer,
     middle,
-    row,
-    positive,
+    row,  # [GROUP]
+    there,
     C: tl.constexpr,
-    TILE: tl.constexpr,
     STEP: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    total = tl.zeros((TILE, STEP), ACC)
+    total = tl.zeros((row.shape[0], STEP), ACC)
     for first in range(0, C, STEP):
         c = first + tl.arange(0, STEP)[None, :]
         at = in_matrix(targets, outer, middle, row[:, None], c, 0, 1)
-        total += tl.load(at, mask=positive[:, None] & (c < C), other=0.0).to(ACC)
+        total += tl.load(at, mask=there[:, None] & (c < C), other=0.0).to(ACC)
     return tl.sum(total, axis=1)
 
 
@@ -381,6 +377,7 @@ def head_boxes_kernel(
     K: tl.constexpr,
     PADDED: tl.constexpr,
     TILE: tl.constexpr,
+    GROUP: tl.constexpr,
     STEP: tl.constexpr,
     IOU_KIND: tl.constexpr,
     ACC: tl.constexpr,
@@ -390,56 +387,71 @@ def head_boxes_kernel(
     DENSE: tl.constexpr = targets is not None
     level, outer, middle, row, inside, cell, anchor = cells_of_tile(levels, TILE, 1, False)
     positive = positive_cells(labels, label_strides, level, outer, cell, inside, C, DENSE)
+    negative = inside & (positive == 0)
     at = outer * anchors + anchor
-    count = tl.sum(positive.to(tl.int32))
+    zeros = tl.zeros((TILE,), ACC)
+    tl.store(quality + at, zeros, mask=negative)
+    tl.store(weight + at, zeros, mask=negative)
+    if boxes is not None:
+        for s in tl.static_range(4):
+            tl.store(boxes + 4 * at + s, zeros, mask=negative)
+    count = tl.sum(positive.to(tl.int32), axis=0)
     loss_bbox = tl.full((), 0.0, tl.float64)
     loss_dfl = tl.full((), 0.0, tl.float64)
     total_weight = tl.full((), 0.0, tl.float64)
     if count > 0:
-        sides, corners, goals, stride = assess_boxes(
-            matrix_of(box, box_strides, level),
-            points,
-            point_strides,
-            box_targets,
-            box_target_strides,
-            pixels,
-            level,
-            outer,
-            middle,
-            row,
-            cell,
-            positive,
-            tl.full((), limit, ACC),
-            K,
-            PADDED,
-            ACC,
-            FAST,
-        )
-        loss, _ = box_loss_grad(IOU_KIND, corners, goals, tl.full((), iou_eps, ACC))
-        dfl = sides[0][7] + sides[1][7] + sides[2][7] + sides[3][7]
+        rank = ranks(positive)
+        start = tl.min(row, axis=0)
+        to_anchor = tl.min(at - row, axis=0)  # the same for all
+        to_cell = tl.min(cell - row, axis=0)
+        stride = stride_of(pixels, level, ACC)
+        logits = matrix_of(box, box_strides, level)
+        scores = matrix_of(cls, cls_strides, level)
         if DENSE:
             scores = matrix_of(targets, target_strides, level)
-            w = sum_of_targets(scores, outer, middle, row, positive, C, TILE, STEP, ACC)
-        else:
-            logits = matrix_of(cls, cls_strides, level)
-            w = highest_score(logits, outer, middle, row, positive, C, TILE, STEP, ACC, FAST)
-        w = tl.where(positive, w, 0.0)
-        loss_bbox += tl.sum(tl.where(positive, loss * w, 0.0).to(tl.float64))
-        loss_dfl += tl.sum(tl.where(positive, dfl * w, 0.0).to(tl.float64))
-        total_weight += tl.sum(w.to(tl.float64))
-        tl.store(quality + at, tl.where(positive, box_iou(corners, goals), 0.0), mask=inside)
-        tl.store(weight + at, w, mask=inside)
-        if boxes is not None:
-            for s in tl.static_range(4):
-                corner = tl.where(positive, corners[s] * stride, 0.0)
-                tl.store(boxes + 4 * at + s, corner, mask=inside)
-    else:
-        zeros = tl.zeros((TILE,), ACC)
-        tl.store(quality + at, zeros, mask=inside)
-        tl.store(weight + at, zeros, mask=inside)
-        if boxes is not None:
-            for s in tl.static_range(4):
-                tl.store(boxes + 4 * at + s, zeros, mask=inside)
+        for first in range(0, count, GROUP):
+            n = first + tl.arange(0, GROUP)
+            n4 = first + tl.arange(0, 4 * GROUP) // 4
+            row_n = start + place_of(rank, n)
+            row_4 = start + place_of(rank, n4)
+            there = n < count
+            corner, target, _, _, _, _, _, _, dfl = assess_boxes(
+                logits,
+                points,
+                point_strides,
+                box_targets,
+                box_target_strides,
+                stride,
+                level,
+                outer,
+                middle,
+                row_4,
+                to_cell + row_4,
+                tl.arange(0, 4 * GROUP) % 4,
+                n4 < count,
+                tl.full((), limit, ACC),
+                K,
+                PADDED,
+                ACC,
+                FAST,
+            )
+            corners = split_sides(corner, GROUP)
+            goals = split_sides(target, GROUP)
+            loss, _ = box_loss_grad(IOU_KIND, corners, goals, tl.full((), iou_eps, ACC))
+            if DENSE:
+                w = sum_of_targets(scores, outer, middle, row_n, there, C, STEP, ACC)
+            else:
+                w = highest_score(scores, outer, middle, row_n, there, C, STEP, ACC, FAST)
+            dfl = tl.sum(tl.reshape(dfl, (GROUP, 4)), axis=1)
+            loss_bbox += tl.sum(tl.where(there, loss * w, 0.0).to(tl.float64))
+            loss_dfl += tl.sum(tl.where(there, dfl * w, 0.0).to(tl.float64))
+            total_weight += tl.sum(tl.where(there, w, 0.0).to(tl.float64))
+            at_n = to_anchor + row_n
+            tl.store(quality + at_n, box_iou(corners, goals), mask=there)
+            tl.store(weight + at_n, w, mask=there)
+            if boxes is not None:
+                for s in tl.static_range(4):
+                    tl.store(boxes + 4 * at_n + s, corners[s] * stride, mask=there)
     mine = partials + 4 * tl.program_id(0)
     tl.store(mine, loss_bbox)
     tl.store(mine + 1, loss_dfl)
@@ -447,6 +459,25 @@ def head_boxes_kernel(
     tl.store(mine + 3, count.to(tl.float64))
     if is_last(counter):
         finish_boxes(partials, levels, sums, normalisers, batch, DENSE)
+
+
+@triton.jit
+def zero_rows(
+    grad,  # matrix_of
+    outer,
+    middle,
+    row,
+    mask,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    zeros = tl.zeros((row.shape[0], STEP), grad[0].dtype.element_ty)
+    for first in range(0, COLUMNS, STEP):
+        column = first + tl.arange(0, STEP)[None, :]
+        at = in_matrix(grad, outer, middle, row[:, None], column, CONTIGUOUS, UNIT)
+        tl.store(at, zeros, mask=mask[:, None] & (column < COLUMNS))
 
 
 @triton.jit(do_not_specialize=["bbox_step", "dfl_step", "anchors"])
@@ -480,6 +511,7 @@ def head_box_grad_kernel(
     K: tl.constexpr,
     PADDED: tl.constexpr,
     TILE: tl.constexpr,
+    GROUP: tl.constexpr,
     STEP: tl.constexpr,
     IOU_KIND: tl.constexpr,
     DENSE: tl.constexpr,
@@ -493,40 +525,56 @@ def head_box_grad_kernel(
     level, outer, middle, row, inside, cell, anchor = cells_of_tile(levels, TILE, ROW_UNIT, False)
     positive = positive_cells(labels, label_strides, level, outer, cell, inside, C, DENSE)
     to = matrix_of(grad, grad_strides, level)
-    TYPE: tl.constexpr = to[0].dtype.element_ty
-    if tl.max(positive.to(tl.int32), axis=0) > 0:
-        sides, corners, goals, _ = assess_boxes(
-            matrix_of(box, box_strides, level),
-            points,
-            point_strides,
-            box_targets,
-            box_target_strides,
-            pixels,
-            level,
-            outer,
-            middle,
-            row,
-            cell,
-            positive,
-            tl.full((), limit, ACC),
-            K,
-            PADDED,
-            ACC,
-            FAST,
-        )
-        _, by_corner = box_loss_grad(IOU_KIND, corners, goals, tl.full((), iou_eps, ACC))
-        _, divisor = divisors(normalisers, DENSE)
+    count = tl.sum(positive.to(tl.int32), axis=0)
+    if count == 0:
+        # In vectors, which a mask of positives would forbid.
+        zero_rows(to, outer, middle, row, inside, 4 * K, STEP, GRAD_CONTIGUOUS, GRAD_UNIT)
+    else:
+        negative = inside & (positive == 0)
+        zero_rows(to, outer, middle, row, negative, 4 * K, STEP, GRAD_CONTIGUOUS, GRAD_UNIT)
+        rank = ranks(positive)
+        start = tl.min(row, axis=0)
+        to_anchor = outer * anchors + tl.min(anchor - row, axis=0)  # the same for all
+        to_cell = tl.min(cell - row, axis=0)
+        stride = stride_of(pixels, level, ACC)
+        divisor = divisors(normalisers, DENSE)[1]
         factor = upstream_of_level(up_bbox, up_levels_bbox, bbox_step, level)
         bbox_factor = (factor * weight_bbox / divisor).to(ACC)
         factor = upstream_of_level(up_dfl, up_levels_dfl, dfl_step, level)
         dfl_factor = (factor * weight_dfl / divisor).to(ACC)
-        w = tl.load(weight + outer * anchors + anchor, mask=positive, other=0.0)
+        logits = matrix_of(box, box_strides, level)
+        side = tl.arange(0, 4 * GROUP) % 4
         k = tl.arange(0, PADDED)[None, :]
-        for s in tl.static_range(4):
-            _, distance, e, inverse, left, wl, wr, _ = sides[s]
-            by_distance = by_corner[s] * (w * bbox_factor)
-            if s < 2:
-                by_distance = -by_distance
+        for first in range(0, count, GROUP):
+            n = first + tl.arange(0, 4 * GROUP) // 4
+            there = n < count
+            row_n = start + place_of(rank, n)
+            corner, target, distance, e, inverse, left, wl, wr, _ = assess_boxes(
+                logits,
+                points,
+                point_strides,
+                box_targets,
+                box_target_strides,
+                stride,
+                level,
+                outer,
+                middle,
+                row_n,
+                to_cell + row_n,
+                side,
+                there,
+                tl.full((), limit, ACC),
+                K,
+                PADDED,
+                ACC,
+                FAST,
+            )
+            corners = split_sides(corner, GROUP)
+            goals = split_sides(target, GROUP)
+            _, by_corners = box_loss_grad(IOU_KIND, corners, goals, tl.full((), iou_eps, ACC))
+            by_distance = join_sides(by_corners, GROUP)
+            w = tl.load(weight + to_anchor + row_n, mask=there, other=0.0)
+            by_distance = tl.where(side < 2, -by_distance, by_distance) * (w * bbox_factor)
             wl *= w * dfl_factor
             wr *= w * dfl_factor
             p = e * inverse[:, None]
@@ -535,15 +583,9 @@ def head_box_grad_kernel(
             g = by_distance[:, None] * expectation_grad(p, k.to(ACC), distance[:, None])
             total_p = p * (wl + wr)[:, None]
             g += distribution_grad(total_p, is_left, is_right, wl[:, None], wr[:, None])
-            g = tl.where(positive[:, None], g, 0.0)
-            at = in_matrix(to, outer, middle, row[:, None], s * K + k, GRAD_CONTIGUOUS, GRAD_UNIT)
-            tl.store(at, g.to(TYPE), mask=inside[:, None] & (k < K))
-    else:
-        for first in range(0, 4 * K, STEP):
-            column = first + tl.arange(0, STEP)[None, :]
-            at = in_matrix(to, outer, middle, row[:, None], column, GRAD_CONTIGUOUS, GRAD_UNIT)
-            zeros = tl.zeros((TILE, STEP), TYPE)
-            tl.store(at, zeros, mask=inside[:, None] & (column < 4 * K))
+            column = (side * K)[:, None] + k
+            at = in_matrix(to, outer, middle, row_n[:, None], column, GRAD_CONTIGUOUS, GRAD_UNIT)
+            tl.store(at, g.to(to[0].dtype.element_ty), mask=there[:, None] & (k < K))
 
 
 # Classes
@@ -796,15 +838,15 @@ def _in_two_parts(strides: Sequence[float]) -> tuple[float, ...]:
 class BoxConfig(NamedTuple):
     rows: int  # of a tile
     padded: int  # bins
-    step: int  # columns at a time, of what is walked in steps
+    group: int  # positives at a time
+    step: int  # columns that are zeroed at a time
 
 
 def box_config(bins: int, itemsize: int) -> BoxConfig:
-    """16 bins a lane and side of the box. Steps are 32 bytes, a sector."""
+    """A row for each of 128 lanes, eight bins of each side of the positives. Steps are 32 bytes."""
     padded = triton.next_power_of_2(bins)
-    elements = 32768 if INTERPRETED else 2048
-    rows = max(1, min(elements // padded, 1024 if INTERPRETED else 64))
-    return BoxConfig(rows, padded, 32 if INTERPRETED else 32 // itemsize)
+    rows, elements = (1024, INTERPRETED_ELEMENTS) if INTERPRETED else (128, 1024)
+    return BoxConfig(rows, padded, max(1, elements // (4 * padded)), 32 // itemsize)
 
 
 def _anchors(cls: Sequence[Tensor]) -> int:
@@ -863,6 +905,7 @@ def head_boxes(
             K=bins,
             PADDED=shape.padded,
             TILE=shape.rows,
+            GROUP=shape.group,
             STEP=min(32, triton.next_power_of_2(classes)),
             IOU_KIND=iou,
             ACC=acc_type(cls[0].dtype),
@@ -1003,6 +1046,7 @@ def _launch_box_grad(
             K=bins,
             PADDED=shape.padded,
             TILE=shape.rows,
+            GROUP=shape.group,
             STEP=shape.step,
             IOU_KIND=iou,
             DENSE=dense,

@@ -341,7 +341,7 @@ _workspaces: dict[tuple, tuple[Tensor, Tensor]] = {}
 
 
 def sum_workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
-    """(partials, counter) of sums over programs: launches that share one run one after the other."""
+    """(partials, counter) of a sum over programs: launches that share one run one by one."""
 
     def make() -> tuple[Tensor, Tensor]:
         partials = torch.empty(max(programs, 8192), dtype=torch.float64, device=device)
