@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from support import (
     HALF,
+    INTERPRETED,
     assert_no_worse,
     logits,
     random_upstream,
@@ -28,7 +29,10 @@ STRIDES = (8, 16, 32)
 KINDS = ("iou", "giou", "diou", "ciou")
 
 
-@pytest.fixture(params=["reference", "cpu"])
+HEAD_BACKENDS = ["reference", "cpu", *(["triton"] if INTERPRETED else [])]
+
+
+@pytest.fixture(params=HEAD_BACKENDS)
 def backend(request):
     """The backends with kernels for a whole head."""
     if (reason := gfl_kernels.backends()[request.param]) != "ok":
@@ -37,10 +41,12 @@ def backend(request):
         yield request.param
 
 
-@pytest.fixture
-def fused(native):
-    with gfl_kernels.use_backend("cpu"):
-        yield "cpu"
+@pytest.fixture(params=HEAD_BACKENDS[1:])
+def fused(request):
+    if (reason := gfl_kernels.backends()[request.param]) != "ok":
+        pytest.skip(f"backend {request.param!r} is not usable: {reason}")
+    with gfl_kernels.use_backend(request.param):
+        yield request.param
 
 
 @dataclasses.dataclass

@@ -23,6 +23,7 @@ from compiled_cases import (  # noqa: F401
     test_quality_sparse,
 )
 from support import INTERPRETED, bin_target, logits, sparse_target
+from test_head import LAYOUTS, Scene, aligned, check, scene
 
 import gfl_kernels
 
@@ -85,6 +86,73 @@ def test_launches_and_memory():
         assert backward.traffic("grad").written_bytes == z.numel() * 4
 
 
+PYRAMID = {"sizes": ((9, 7), (5, 4), (3, 2), (2, 1), (1, 1)), "strides": (8, 16, 32, 64, 128)}
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head(compiled, dtype, layout):
+    """Positives in all levels but one, in one level, in none."""
+    for share in ((0.4, 0.3, 0.0, 0.5, 1.0), (0.0, 0.0, 0.5, 0.0, 0.0), 0.0):
+        s = scene(classes=80, positives=share, dtype=dtype, **PYRAMID)
+        if layout != "nchw":
+            s.cls, s.box = ([LAYOUTS[layout](t) for t in level] for level in (s.cls, s.box))
+        check(s)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_task_aligned(compiled, dtype):
+    cls, box, *others = aligned(dtype=dtype)
+    s = Scene([cls], [box], tuple([t] for t in others), {})
+
+    def function(cls, box, *lists, **kwargs):
+        return gfl_kernels.task_aligned_loss(cls[0], box[0], *(t for (t,) in lists), **kwargs)
+
+    check(s, function=function)
+
+
+def test_head_launches_and_memory():
+    """Two launches forward and two backward for five levels, every logit read once a pass, of boxes
+    those of positives alone, gradients written once."""
+    s = scene(
+        classes=80, sizes=((40, 48), (20, 24), (10, 12), (5, 6), (3, 3)), positives=0.02,
+        strides=PYRAMID["strides"],
+    )  # fmt: skip
+    s.cls, s.box = ([LAYOUTS["channels_last"](t) for t in level] for level in (s.cls, s.box))
+    del s.options["label_weights"]
+    leaves = [t.requires_grad_() for t in (*s.cls, *s.box)]
+    with simulated() as device:
+        out = gfl_kernels.gfl_loss(leaves[:5], leaves[5:], *s.others, **s.options)
+        assert len(device.reports) == 2
+        sum(out[:3]).backward()
+        boxes, forward, backward, box_grad = device.reports
+    anchors = sum(t.numel() for t in s.others[1])
+    positives = sum(int(((t >= 0) & (t < 80)).sum()) for t in s.others[1])
+    assert 10 < positives < anchors / 20
+
+    def moved(report, name):
+        """Bytes read and written of a list of levels."""
+        parts = [t for t in report.allocations if t.name.partition(".")[0] == name]
+        return sum(t.read_bytes for t in parts), sum(t.written_bytes for t in parts)
+
+    logits, bins = anchors * 80 * 4, 68 * 4
+    assert moved(boxes, "box") == moved(box_grad, "box") == (positives * bins, 0)
+    assert moved(boxes, "cls") == (positives * 80 * 4, 0)
+    assert moved(backward, "grad") == (0, logits)
+    assert moved(box_grad, "grad") == (0, anchors * bins)
+    labels, value = 8 * anchors, 4 * anchors
+    read = positives * (bins + 80 * 4 + 16) + labels
+    minimum = {
+        boxes: read + 2 * value,
+        forward: logits + labels + value,
+        backward: 2 * logits + labels + value,
+        box_grad: anchors * bins + labels + positives * (bins + 16),
+    }
+    for report, needed in minimum.items():
+        dram = report.dram_bytes_read + report.dram_bytes_written
+        assert dram <= 1.05 * needed, (report.kernel, dram, needed)
+
+
 SIZES = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 128, 160, 255, 256, 257, 500, 512, 1000]
 
 
@@ -106,6 +174,25 @@ def test_one_compilation_for_every_number_of_rows():
             DISTRIBUTION(z, torch.zeros(n)).backward()
             counts.append((compiled_kernels(quality_kernel), compiled_kernels(distribution_kernel)))
     assert len(set(counts)) == 1, list(zip(SIZES, counts, strict=True))
+
+
+def test_one_compilation_for_every_size_of_a_head():
+    from gfl_kernels.triton import head
+
+    kernels = (head.head_boxes_kernel, head.head_cls_kernel, head.head_box_grad_kernel)
+
+    def compiled_kernels():
+        return [sum(len(cache[0]) for cache in k.device_caches.values()) for k in kernels]
+
+    with simulated():
+        counts = []
+        for sizes in (((4, 5), (2, 3)), ((4, 4), (1, 1)), ((1, 2), (5, 16)), ((16, 16), (0, 2))):
+            s = scene(batch=len(counts) + 1, classes=3, reg_max=3, sizes=sizes, strides=(8, 16))
+            leaves = [t.requires_grad_() for t in (*s.cls, *s.box)]
+            out = gfl_kernels.gfl_loss(leaves[:2], leaves[2:], *s.others, **s.options)
+            sum(out[:3]).backward()
+            counts.append(tuple(compiled_kernels()))
+    assert len(set(counts)) == 1, counts
 
 
 def test_the_last_programs_sum_survives_any_order():

@@ -5,6 +5,7 @@ ranges, sizes, strides) as encode() makes them. A program's tile is neighbouring
 of one level, as launch.tile_rows has them.
 """
 
+import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -195,6 +196,12 @@ def place_of(rank, n):
     """Where in the tile the n-th positives are; 0 where there are not so many."""
     place = tl.arange(0, rank.shape[0])[None, :]
     return tl.sum(tl.where(rank[None, :] == n[:, None], place, 0), axis=1)
+
+
+@triton.jit
+def for_sides(x, GROUP: tl.constexpr):
+    """[GROUP] as [4 * GROUP]."""
+    return tl.reshape(tl.broadcast_to(x[:, None], (GROUP, 4)), (4 * GROUP,))
 
 
 @triton.jit
@@ -411,9 +418,8 @@ def head_boxes_kernel(
             scores = matrix_of(targets, target_strides, level)
         for first in range(0, count, GROUP):
             n = first + tl.arange(0, GROUP)
-            n4 = first + tl.arange(0, 4 * GROUP) // 4
             row_n = start + place_of(rank, n)
-            row_4 = start + place_of(rank, n4)
+            row_4 = for_sides(row_n, GROUP)
             there = n < count
             corner, target, _, _, _, _, _, _, dfl = assess_boxes(
                 logits,
@@ -428,7 +434,7 @@ def head_boxes_kernel(
                 row_4,
                 to_cell + row_4,
                 tl.arange(0, 4 * GROUP) % 4,
-                n4 < count,
+                first + tl.arange(0, 4 * GROUP) // 4 < count,
                 tl.full((), limit, ACC),
                 K,
                 PADDED,
@@ -546,9 +552,9 @@ def head_box_grad_kernel(
         side = tl.arange(0, 4 * GROUP) % 4
         k = tl.arange(0, PADDED)[None, :]
         for first in range(0, count, GROUP):
-            n = first + tl.arange(0, 4 * GROUP) // 4
-            there = n < count
-            row_n = start + place_of(rank, n)
+            there = first + tl.arange(0, 4 * GROUP) // 4 < count
+            place = place_of(rank, first + tl.arange(0, GROUP))
+            row_n = start + for_sides(place, GROUP)
             corner, target, distance, e, inverse, left, wl, wr, _ = assess_boxes(
                 logits,
                 points,
@@ -826,13 +832,11 @@ def _labels(labels: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(t.view(torch.uint8) if t.dtype is torch.bool else t for t in labels)
 
 
-def _in_two_parts(strides: Sequence[float]) -> tuple[float, ...]:
+@lru_cache(maxsize=1024)
+def _in_two_parts(strides: tuple[float, ...]) -> tuple[float, ...]:
     """Triton takes floats of a tuple as float32: what that rounds away is the second."""
-    parts = []
-    for stride in strides:
-        high = torch.tensor(stride, dtype=torch.float32).item()
-        parts += [high, stride - high]
-    return tuple(parts)
+    high = struct.unpack(f"{len(strides)}f", struct.pack(f"{len(strides)}f", *strides))
+    return tuple(x for a, b in zip(strides, high, strict=True) for x in (b, a - b))
 
 
 class BoxConfig(NamedTuple):
@@ -843,10 +847,10 @@ class BoxConfig(NamedTuple):
 
 
 def box_config(bins: int, itemsize: int) -> BoxConfig:
-    """A row for each of 128 lanes, eight bins of each side of the positives. Steps are 32 bytes."""
+    """A row for each of 128 lanes, eight bins of positives. Steps are 32 bytes."""
     padded = triton.next_power_of_2(bins)
-    rows, elements = (1024, INTERPRETED_ELEMENTS) if INTERPRETED else (128, 1024)
-    return BoxConfig(rows, padded, max(1, elements // (4 * padded)), 32 // itemsize)
+    rows, most, elements = (512, 64, INTERPRETED_ELEMENTS) if INTERPRETED else (128, 16, 1024)
+    return BoxConfig(rows, padded, min(most, max(1, elements // (4 * padded))), 32 // itemsize)
 
 
 def _anchors(cls: Sequence[Tensor]) -> int:
@@ -896,7 +900,7 @@ def head_boxes(
             _steps(labels),
             _steps(box_targets),
             laid.strides.get("targets"),
-            _in_two_parts(strides),
+            _in_two_parts(tuple(strides)),
             batch,
             anchors,
             iou_eps,
@@ -1035,7 +1039,7 @@ def _launch_box_grad(
             _steps(labels),
             _steps(box_targets),
             laid.strides["grad"],
-            _in_two_parts(strides),
+            _in_two_parts(tuple(strides)),
             0 if levels_bbox is None else levels_bbox.stride(0),
             0 if levels_dfl is None else levels_dfl.stride(0),
             weight.shape[1],

@@ -137,7 +137,8 @@ def arctangent(x):
         tl.where(steep, -1.0, tl.where(middle, a - 1.0, a)),
         tl.where(steep, a, tl.where(middle, a + 1.0, 1.0)),
     )
-    base = tl.where(steep, 1.5707963267948966, tl.where(middle, 0.7853981633974483, 0.0))
+    zeros = tl.zeros_like(x)  # two numbers would be float32
+    base = tl.where(steep, 1.5707963267948966, tl.where(middle, 0.7853981633974483, zeros))
     y = z * z
     if x.dtype == tl.float64:
         p = y * -0.013916943217800841 + 0.03063443323901452
@@ -431,7 +432,7 @@ def box_loss_grad(KIND: tl.constexpr, box, target, eps):
         area_union = area_union + eps
     iou = quotient(area, area_union)
     by_union = union_slope * quotient(iou, area_union)  # of 1 - iou
-    zero = area * 0.0
+    zero = tl.zeros_like(area)
     direct_x, direct_y = (zero, zero), (zero, zero)  # of the low and the high side
     if KIND == IOU:
         ratio = tl.where(iou < eps, eps, iou)
