@@ -64,8 +64,11 @@ def encode(values: Sequence[int]) -> tuple[int, ...]:
 
 
 # Of a level in `levels`: the number of its first tile, tiles in a run, runs in an image, cells in a
-# run (in units of ROW_UNIT), anchors of the levels before it.
-LEVEL_FIELDS = tl.constexpr(5)
+# run, anchors of the levels before it, and whether everything in it is aligned to 16 bytes.
+LEVEL_FIELDS = tl.constexpr(6)
+
+# Which levels are.
+NO_LEVEL, SOME_LEVELS, ALL_LEVELS = 0, 1, 2
 
 
 @triton.jit
@@ -109,7 +112,7 @@ def stride_of(pixels, level, ACC: tl.constexpr):
 
 
 @triton.jit
-def in_matrix(matrix, outer, middle, row, column, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr):
+def in_matrix(matrix, outer, middle, row, column, CONTIGUOUS: tl.constexpr, UNIT):
     """Pointers to elements, of rows x columns as they broadcast."""
     start = outer * matrix[1] + middle * matrix[2]
     return matrix[0] + matrix_offsets(start, row, column, matrix[3], matrix[4], CONTIGUOUS, UNIT)
@@ -123,23 +126,38 @@ def value_of_cell(pointers, strides, level, outer, cell, inside):
 
 
 @triton.jit
-def cells_of_tile(levels, TILE: tl.constexpr, ROW_UNIT: tl.constexpr, CLAMPED: tl.constexpr):
-    """(level, outer, middle, row, inside, cell, anchor) of this program's tile: the cell in its
-    image and level, the anchor in its image. In int64.
-    """
+def level_of_tile(levels):
+    """(level, number in the level) of this program's tile."""
     tile = tl.program_id(0)
     level = 0
     for i in tl.static_range(1, len(levels) // LEVEL_FIELDS):
         level += (tile >= decode(levels[i * LEVEL_FIELDS])).to(tl.int32)
-    tile -= integer_of(levels, level, 0, LEVEL_FIELDS).to(tl.int32)
+    return level, tile - integer_of(levels, level, 0, LEVEL_FIELDS).to(tl.int32)
+
+
+@triton.jit
+def is_for(VECTORS: tl.constexpr, ALIGNED: tl.constexpr, levels, level):
+    """Whether a level is one for the code with vectors, or for that without, VECTORS = 0."""
+    return (ALIGNED != 1) | (integer_of(levels, level, 5, LEVEL_FIELDS) == VECTORS)
+
+
+@triton.jit
+def cells_of_tile(
+    levels, level, tile, TILE: tl.constexpr, UNIT: tl.constexpr, CLAMPED: tl.constexpr
+):
+    """(outer, middle, row, inside, cell, anchor) of a tile: the cell in its image and level, the
+    anchor in its image. In int64. UNIT: a run is a multiple of so many cells.
+    """
     tiles_per_run = integer_of(levels, level, 1, LEVEL_FIELDS).to(tl.int32)
     middle_size = integer_of(levels, level, 2, LEVEL_FIELDS).to(tl.int32)
-    rows = integer_of(levels, level, 3, LEVEL_FIELDS) * ROW_UNIT
+    rows = integer_of(levels, level, 3, LEVEL_FIELDS)
+    if UNIT > 1:
+        rows = rows // UNIT * UNIT  # for the compiler to see
     outer, middle, row, inside = tile_rows(
         tile, rows, tiles_per_run, middle_size, TILE, 1, 1, CLAMPED
     )
     cell = middle * rows + row
-    return level, outer, middle, row, inside, cell, integer_of(levels, level, 4, 5) + cell
+    return outer, middle, row, inside, cell, integer_of(levels, level, 4, LEVEL_FIELDS) + cell
 
 
 @triton.jit
@@ -392,7 +410,8 @@ def head_boxes_kernel(
 ):
     """What the losses of boxes need, of positives alone."""
     DENSE: tl.constexpr = targets is not None
-    level, outer, middle, row, inside, cell, anchor = cells_of_tile(levels, TILE, 1, False)
+    level, tile = level_of_tile(levels)
+    outer, middle, row, inside, cell, anchor = cells_of_tile(levels, level, tile, TILE, 1, False)
     positive = positive_cells(labels, label_strides, level, outer, cell, inside, C, DENSE)
     negative = inside & (positive == 0)
     at = outer * anchors + anchor
@@ -477,7 +496,7 @@ def zero_rows(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT,
 ):
     zeros = tl.zeros((row.shape[0], STEP), grad[0].dtype.element_ty)
     for first in range(0, COLUMNS, STEP):
@@ -521,23 +540,35 @@ def head_box_grad_kernel(
     STEP: tl.constexpr,
     IOU_KIND: tl.constexpr,
     DENSE: tl.constexpr,
-    ROW_UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     GRAD_CONTIGUOUS: tl.constexpr,
     GRAD_UNIT: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """The gradient of the box logits: of a tile without positives zeros, nothing being read."""
-    level, outer, middle, row, inside, cell, anchor = cells_of_tile(levels, TILE, ROW_UNIT, False)
+    level, tile = level_of_tile(levels)
+    outer, middle, row, inside, cell, anchor = cells_of_tile(levels, level, tile, TILE, 1, False)
     positive = positive_cells(labels, label_strides, level, outer, cell, inside, C, DENSE)
     to = matrix_of(grad, grad_strides, level)
     count = tl.sum(positive.to(tl.int32), axis=0)
     if count == 0:
         # In vectors, which a mask of positives would forbid.
-        zero_rows(to, outer, middle, row, inside, 4 * K, STEP, GRAD_CONTIGUOUS, GRAD_UNIT)
+        for VECTORS in tl.static_range(2):
+            if ALIGNED == 1 or ALIGNED == 2 * VECTORS:
+                if is_for(VECTORS, ALIGNED, levels, level):
+                    UNIT: tl.constexpr = GRAD_UNIT if VECTORS == 1 else 1
+                    ROWS: tl.constexpr = UNIT if GRAD_CONTIGUOUS == 2 else 1
+                    o, m, r, i, _, _ = cells_of_tile(levels, level, tile, TILE, ROWS, False)
+                    zero_rows(to, o, m, r, i, 4 * K, STEP, GRAD_CONTIGUOUS, UNIT)
     else:
+        unit = 1
+        if ALIGNED == 1:
+            unit = tl.where(integer_of(levels, level, 5, LEVEL_FIELDS) != 0, GRAD_UNIT, 1)
+        if ALIGNED == 2:
+            unit = GRAD_UNIT
         negative = inside & (positive == 0)
-        zero_rows(to, outer, middle, row, negative, 4 * K, STEP, GRAD_CONTIGUOUS, GRAD_UNIT)
+        zero_rows(to, outer, middle, row, negative, 4 * K, STEP, GRAD_CONTIGUOUS, unit)
         rank = ranks(positive)
         start = tl.min(row, axis=0)
         to_anchor = outer * anchors + tl.min(anchor - row, axis=0)  # the same for all
@@ -590,7 +621,7 @@ def head_box_grad_kernel(
             total_p = p * (wl + wr)[:, None]
             g += distribution_grad(total_p, is_left, is_right, wl[:, None], wr[:, None])
             column = (side * K)[:, None] + k
-            at = in_matrix(to, outer, middle, row_n[:, None], column, GRAD_CONTIGUOUS, GRAD_UNIT)
+            at = in_matrix(to, outer, middle, row_n[:, None], column, GRAD_CONTIGUOUS, unit)
             tl.store(at, g.to(to[0].dtype.element_ty), mask=there[:, None] & (k < K))
 
 
@@ -664,7 +695,7 @@ def head_cls_kernel(
     STEP: tl.constexpr,
     UNROLL: tl.constexpr,
     SQUARE: tl.constexpr,
-    ROW_UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CLS_CONTIGUOUS: tl.constexpr,
     CLS_UNIT: tl.constexpr,
     GRAD_CONTIGUOUS: tl.constexpr,
@@ -679,60 +710,74 @@ def head_cls_kernel(
     WEIGHT: tl.constexpr = 0 if label_weights is None else 2
     # As in quality_kernel.
     CLAMPED: tl.constexpr = CLS_CONTIGUOUS != 2 and label_weights is None
-    level, outer, middle, row, inside, cell, anchor = cells_of_tile(levels, TILE, ROW_UNIT, CLAMPED)
-    read = inside
-    w = tl.where(inside, 1.0, 0.0).to(ACC)
-    if label_weights is not None:
-        w = value_of_cell(label_weights, label_weight_strides, level, outer, cell, inside).to(ACC)
-        read = w != 0.0
-    g_factor = w
+    level, tile = level_of_tile(levels)
     divisor, box_divisor = divisors(normalisers, DENSE)
-    if grad is not None:
-        up = upstream_of_level(up_cls, up_levels, up_step, level)
-        # A row of weight 0 stays out whatever comes from upstream.
-        g_factor = tl.where(read, w * (up * weight_cls / divisor).to(ACC), 0.0)
-    label, score = None, None
-    if not DENSE:
-        label = class_index(value_of_cell(labels, label_strides, level, outer, cell, inside), C)
-        score = tl.load(quality + outer * anchors + anchor, mask=read, other=0.0)
-    row_loss = quality_rows(
-        matrix_of(cls, cls_strides, level),
-        matrix_of(grad, grad_strides, level),
-        matrix_of(targets, target_strides, level),
-        (None, 0, 0, 0, 0),
-        label,
-        score,
-        outer,
-        middle,
-        row,
-        inside,
-        read,
-        g_factor,
-        tl.full((), beta, ACC),
-        C,
-        TILE,
-        STEP,
-        UNROLL,
-        1,
-        CLAMPED,
-        False,
-        SQUARE,
-        WEIGHT,
-        losses is not None,
-        CLS_CONTIGUOUS,
-        CLS_UNIT,
-        GRAD_CONTIGUOUS,
-        GRAD_UNIT,
-        TARGET_CONTIGUOUS,
-        TARGET_UNIT,
-        0,
-        1,
-        ACC,
-        FAST,
-    )
+    partial = tl.full((), 0.0, tl.float64)
+    for VECTORS in tl.static_range(2):
+        if ALIGNED == 1 or ALIGNED == 2 * VECTORS:
+            if is_for(VECTORS, ALIGNED, levels, level):
+                UNIT: tl.constexpr = CLS_UNIT if VECTORS == 1 else 1
+                ROWS: tl.constexpr = UNIT if CLS_CONTIGUOUS == 2 else 1
+                outer, middle, row, inside, cell, anchor = cells_of_tile(
+                    levels, level, tile, TILE, ROWS, CLAMPED
+                )
+                read = inside
+                w = tl.where(inside, 1.0, 0.0).to(ACC)
+                if label_weights is not None:
+                    w = value_of_cell(
+                        label_weights, label_weight_strides, level, outer, cell, inside
+                    ).to(ACC)
+                    read = w != 0.0
+                g_factor = w
+                if grad is not None:
+                    up = upstream_of_level(up_cls, up_levels, up_step, level)
+                    # A row of weight 0 stays out whatever comes from upstream.
+                    g_factor = tl.where(read, w * (up * weight_cls / divisor).to(ACC), 0.0)
+                label, score = None, None
+                if not DENSE:
+                    label = class_index(
+                        value_of_cell(labels, label_strides, level, outer, cell, inside), C
+                    )
+                    score = tl.load(quality + outer * anchors + anchor, mask=read, other=0.0)
+                row_loss = quality_rows(
+                    matrix_of(cls, cls_strides, level),
+                    matrix_of(grad, grad_strides, level),
+                    matrix_of(targets, target_strides, level),
+                    (None, 0, 0, 0, 0),
+                    label,
+                    score,
+                    outer,
+                    middle,
+                    row,
+                    inside,
+                    read,
+                    g_factor,
+                    tl.full((), beta, ACC),
+                    C,
+                    TILE,
+                    STEP,
+                    UNROLL,
+                    1,
+                    CLAMPED,
+                    False,
+                    SQUARE,
+                    WEIGHT,
+                    losses is not None,
+                    CLS_CONTIGUOUS,
+                    UNIT,
+                    GRAD_CONTIGUOUS,
+                    GRAD_UNIT if VECTORS == 1 else 1,
+                    TARGET_CONTIGUOUS,
+                    TARGET_UNIT if VECTORS == 1 else 1,
+                    0,
+                    1,
+                    ACC,
+                    FAST,
+                )
+                if losses is not None:
+                    partial += tl.sum(tl.where(inside, row_loss * w, 0.0)).to(tl.float64)
     if losses is not None:
-        partial = tl.sum(tl.where(inside, row_loss * w, 0.0))
-        tl.store(partials + tl.program_id(0), partial.to(tl.float64))
+        tl.store(partials + tl.program_id(0), partial)
         if is_last(counter):
             by_cls = weight_cls / divisor
             by_bbox = weight_bbox / box_divisor
@@ -749,8 +794,7 @@ class LevelLayout(NamedTuple):
     programs: int
     levels: tuple[int, ...]
     strides: dict[str, tuple[int, ...]]  # four per level
-    constants: dict[str, int]  # NAME_CONTIGUOUS and NAME_UNIT of wide matrices
-    row_unit: int
+    constants: dict[str, int]  # ALIGNED; NAME_CONTIGUOUS and NAME_UNIT of wide matrices
 
 
 @lru_cache(maxsize=1024)
@@ -763,7 +807,7 @@ def lay_out_levels(
 
     An image's cells are one run if that holds for every matrix of their level, else a run is a row
     of them. As in launch.lay_out, strides of a wide matrix are counted in units of NAME_UNIT
-    elements.
+    elements, in levels where all of them are multiples of 16 bytes.
     """
     count = len(matrices[0][1])
     runs = []  # (images, runs of an image, cells of a run) per level
@@ -782,42 +826,44 @@ def lay_out_levels(
         for (name, _), item, row in zip(matrices, items, rows, strict=True):
             raw[name].append((item.strides[0], *row, item.strides[-1]))
 
-    strides, constants = {}, {}
+    filled = [i for i in range(count) if 0 not in matrices[0][1][i].shape]
+    aligned = [i in filled and bool(wide) for i in range(count)]
+    constants = {}
     for name, layouts in matrices:
-        filled = [i for i in range(count) if 0 not in layouts[i].shape]
-        columns = layouts[0].shape[-1]
         if name not in wide:
-            strides[name] = encode([step for steps in raw[name] for step in steps])
             continue
-        if columns > 1 and all(raw[name][i][3] == 1 for i in filled):
+        if layouts[0].shape[-1] > 1 and all(raw[name][i][3] == 1 for i in filled):
             contiguous, dropped = COLUMNS, 3
         elif all(raw[name][i][2] == 1 or runs[i][2] == 1 for i in filled):
             contiguous, dropped = ROWS, 2
         else:
             contiguous, dropped = NEITHER, None
         unit = 1 if contiguous == NEITHER else 16 // layouts[0].itemsize
-        others = [
-            step
-            for i in filled
-            for step in (
-                *(s for j, s in enumerate(raw[name][i]) if j != dropped),
-                runs[i][2] if contiguous == ROWS else 0,
-            )
-        ]
-        while any(step % unit for step in others):
-            unit //= 2
-        strides[name] = encode([step // unit for steps in raw[name] for step in steps])
+        for i in filled:
+            others = [step for j, step in enumerate(raw[name][i]) if j != dropped]
+            others.append(runs[i][2] if contiguous == ROWS else 0)
+            aligned[i] &= all(step % unit == 0 for step in others)
         constants |= {f"{name.upper()}_CONTIGUOUS": contiguous, f"{name.upper()}_UNIT": unit}
-    row_unit = 1
-    if wide and constants[f"{wide[0].upper()}_CONTIGUOUS"] == ROWS:
-        row_unit = constants[f"{wide[0].upper()}_UNIT"]
+    strides = {
+        name: encode(
+            [
+                step // (constants[f"{name.upper()}_UNIT"] if name in wide and aligned[i] else 1)
+                for i in range(count)
+                for step in raw[name][i]
+            ]
+        )
+        for name, _ in matrices
+    }
     levels, programs, anchors = [], 0, 0
-    for batch, middle, rows in runs:
+    for (batch, middle, rows), is_aligned in zip(runs, aligned, strict=True):
         tiles_per_run = -(-rows // tile_rows)
-        levels += [programs, tiles_per_run, middle, rows // row_unit, anchors]
+        levels += [programs, tiles_per_run, middle, rows, anchors, is_aligned]
         programs += batch * middle * tiles_per_run
         anchors += middle * rows
-    return LevelLayout(programs, encode(levels), strides, constants, row_unit)
+    every = all(aligned[i] for i in filled)
+    if wide:
+        constants["ALIGNED"] = ALL_LEVELS if every else SOME_LEVELS if any(aligned) else NO_LEVEL
+    return LevelLayout(programs, encode(levels), strides, constants)
 
 
 def _layouts(name: str, tensors: Sequence[Tensor]) -> tuple[str, tuple[Layout, ...]]:
@@ -946,7 +992,7 @@ def _launch_cls(
     shape = quality_config(
         classes,
         cls[0].element_size(),
-        found.constants["CLS_UNIT"],
+        found.constants["CLS_UNIT"] if found.constants["ALIGNED"] else 1,
         found.constants["CLS_CONTIGUOUS"] == ROWS,
         beta == 2,
         bool(targets),
@@ -987,9 +1033,8 @@ def _launch_cls(
             TILE=shape.rows,
             STEP=shape.step,
             UNROLL=shape.unroll,
-            maxnreg=64 if cls[0].dtype is not torch.float64 else None,
+            maxnreg=None if cls[0].dtype is torch.float64 else 64 if losses else 72,
             SQUARE=beta == 2,
-            ROW_UNIT=laid.row_unit,
             ACC=acc_type(cls[0].dtype),
             FAST=fast(),
             num_warps=shape.warps,
@@ -1054,7 +1099,6 @@ def _launch_box_grad(
             STEP=shape.step,
             IOU_KIND=iou,
             DENSE=dense,
-            ROW_UNIT=laid.row_unit,
             ACC=acc_type(box[0].dtype),
             FAST=fast(),
             num_warps=4,
