@@ -54,6 +54,11 @@ def _seeded():
     torch.manual_seed(0)
 
 
+def _is_in_part(item):
+    marker = item.get_closest_marker("interpreted_part")
+    return marker is None or any(item.name.startswith(part) for part in marker.args)
+
+
 def pytest_collection_modifyitems(config, items):
     """Interpreted, the suite is about the Triton backend; the rest has been run without."""
     if INTERPRETED:
@@ -61,6 +66,7 @@ def pytest_collection_modifyitems(config, items):
             item
             for item in items
             if "triton" in item.nodeid.partition("[")[2] or item.get_closest_marker("interpreted")
+            if _is_in_part(item)
         ]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(mine)])
         items[:] = mine

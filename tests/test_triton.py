@@ -250,15 +250,24 @@ def test_compiles_for_amd(monkeypatch, arch):
         QUALITY(x, sparse_target((64,), 80)).backward()
         DISTRIBUTION(z, torch.zeros(64)).backward()
         gfl_kernels.integral(z).sum().backward()
+        s = scene(sizes=((4, 4), (2, 3)), strides=(8, 16), classes=80, dtype=torch.bfloat16)
+        leaves = [t.requires_grad_() for t in (*s.cls, *s.box)]
+        sum(gfl_kernels.gfl_loss(leaves[:2], leaves[2:], *s.others, **s.options)[:3]).backward()
 
     launches = recorded_launches(monkeypatch, step)
-    assert len(launches) == 6
+    assert len(launches) == 10
     for kernel, arguments in launches:
         signature, constants = {}, {}
         for parameter in kernel.params:
             value = arguments[parameter.name]
             if isinstance(value, torch.Tensor):
                 signature[parameter.name] = TRITON_TYPES[value.dtype]
+            elif isinstance(value, tuple):
+                types = {int: "i64", float: "fp32"}
+                signature[parameter.name] = tuple(
+                    TRITON_TYPES[v.dtype] if isinstance(v, torch.Tensor) else types[type(v)]
+                    for v in value
+                )
             elif parameter.is_constexpr or value is None:
                 signature[parameter.name] = "constexpr"
                 constants[parameter.name] = False if parameter.name == "FAST" else value

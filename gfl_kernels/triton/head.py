@@ -5,6 +5,7 @@ ranges, sizes, strides) as encode() makes them. A program's tile is neighbouring
 of one level, as launch.tile_rows has them.
 """
 
+import math
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
@@ -900,13 +901,55 @@ def box_config(bins: int, itemsize: int) -> BoxConfig:
 
 
 def _anchors(cls: Sequence[Tensor]) -> int:
-    return sum(level[..., 0].numel() for level in cls) // max(cls[0].shape[0], 1)
+    return sum(math.prod(level.shape[1:-1]) for level in cls)
+
+
+def _check(cls, box, points, labels, box_targets, targets, label_weights) -> None:
+    """What memory safety needs, for those who call the ops themselves."""
+    names = ("cls", "box", "points", "labels", "box_targets", "targets", "label_weights")
+    lists = (cls, box, points, labels, box_targets, targets, label_weights)
+    batch, classes, channels = cls[0].shape[0], cls[0].shape[-1], box[0].shape[-1]
+    for name, tensors in zip(names, lists, strict=True):
+        if len(tensors) != len(cls) and (tensors or name not in ("targets", "label_weights")):
+            raise ValueError(f"head: {name} must have {len(cls)} levels, got {len(tensors)}")
+    for i, level in enumerate(cls):
+        cells = level.shape[1:-1]
+        anchors = math.prod(cells)
+        shapes = (
+            (batch, *cells, classes),
+            (batch, *cells, channels),
+            (anchors, 2),
+            (batch, anchors),
+            (batch, anchors, 4),
+            (batch, *cells, classes),
+            (batch, anchors),
+        )
+        for name, shape, tensors in zip(names, shapes, lists, strict=True):
+            if not tensors:
+                continue
+            tensor = tensors[i]
+            if tensor.shape != shape or len(cells) not in (1, 2):
+                raise ValueError(f"head: {name}[{i}] has shape {tuple(tensor.shape)}, not {shape}")
+            if tensor.dtype is not tensors[0].dtype or tensor.is_complex():
+                raise ValueError(f"head: {name}[{i}] has dtype {tensor.dtype}")
 
 
 def head_boxes(
-    cls, box, points, labels, box_targets, targets, _, strides, iou, iou_eps, limit, write_boxes
+    cls,
+    box,
+    points,
+    labels,
+    box_targets,
+    targets,
+    label_weights,
+    strides,
+    iou,
+    iou_eps,
+    limit,
+    write_boxes,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """gfl_kernels::head_boxes."""
+    _check(cls, box, points, labels, box_targets, targets, label_weights)
     batch, classes, bins = cls[0].shape[0], cls[0].shape[-1], box[0].shape[-1] // 4
     anchors = _anchors(cls)
     dtype = accumulate_dtype(cls[0].dtype)
@@ -1127,6 +1170,7 @@ def head_forward(
     write_grad,
 ) -> tuple:
     """gfl_kernels::head_forward."""
+    _check(cls, box, points, labels, box_targets, targets, label_weights)
     make = sums.new_empty if quality.numel() else sums.new_zeros
     losses = tuple(make(shape) for shape in [()] * 3 + [(len(cls),)] * 3)
     if quality.numel():
@@ -1166,6 +1210,7 @@ def head_backward(
     loss_weights,
 ) -> list[Tensor]:
     """gfl_kernels::head_backward: the gradients of cls, then of box."""
+    _check(cls, box, points, labels, box_targets, targets, label_weights)
     cls_grad = tuple(torch.empty_like(level) for level in cls)
     box_grad = tuple(torch.empty_like(level) for level in box)
     if quality.numel():
