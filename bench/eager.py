@@ -14,8 +14,12 @@ with is what people run today.
 | QualityFocalLoss                 | losses/gfocal_loss.py QualityFocalLoss                   |
 | DistributionFocalLoss            | losses/gfocal_loss.py DistributionFocalLoss              |
 | Integral                         | dense_heads/gfl_head.py Integral                         |
+| bbox_overlaps                    | mmdet/structures/bbox/bbox_overlaps.py, is_aligned=True  |
+| GIoULoss                         | losses/iou_loss.py GIoULoss                              |
+| Head.forward, .head_loss_single  | dense_heads/gfl_head.py loss_by_feat, loss_by_feat_single |
 
-Shapes: N rows (anchors), C classes, K = reg_max + 1 bins.
+Head begins where targets have been assigned. Shapes: N rows (anchors), C classes, K = reg_max + 1
+bins.
 """
 
 from __future__ import annotations
@@ -176,3 +180,136 @@ class Integral(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.softmax(x.reshape(-1, self.reg_max + 1), dim=1)
         return F.linear(x, self.project.type_as(x)).reshape(-1, 4)
+
+
+def bbox_overlaps(bboxes1: Tensor, bboxes2: Tensor, mode="iou", eps=1e-6) -> Tensor:
+    area1 = (bboxes1[..., 2] - bboxes1[..., 0]) * (bboxes1[..., 3] - bboxes1[..., 1])
+    area2 = (bboxes2[..., 2] - bboxes2[..., 0]) * (bboxes2[..., 3] - bboxes2[..., 1])
+    lt = torch.max(bboxes1[..., :2], bboxes2[..., :2])
+    rb = torch.min(bboxes1[..., 2:], bboxes2[..., 2:])
+    wh = (rb - lt).clamp(min=0)
+    overlap = wh[..., 0] * wh[..., 1]
+    union = area1 + area2 - overlap
+    if mode == "giou":
+        enclosed_lt = torch.min(bboxes1[..., :2], bboxes2[..., :2])
+        enclosed_rb = torch.max(bboxes1[..., 2:], bboxes2[..., 2:])
+    eps = union.new_tensor([eps])
+    union = torch.max(union, eps)
+    ious = overlap / union
+    if mode == "iou":
+        return ious
+    enclose_wh = (enclosed_rb - enclosed_lt).clamp(min=0)
+    enclose_area = enclose_wh[..., 0] * enclose_wh[..., 1]
+    enclose_area = torch.max(enclose_area, eps)
+    return ious - (enclose_area - union) / enclose_area
+
+
+class GIoULoss(nn.Module):
+    def __init__(self, eps=1e-6, loss_weight=1.0):
+        super().__init__()
+        self.eps = eps
+        self.loss_weight = loss_weight
+
+    def forward(self, pred, target, weight, avg_factor) -> Tensor:
+        if not torch.any(weight > 0):
+            return (pred * weight.unsqueeze(1)).sum()
+        loss = 1 - bbox_overlaps(pred, target, mode="giou", eps=self.eps)
+        return self.loss_weight * weight_reduce_loss(loss, weight, "mean", avg_factor)
+
+
+class Head(nn.Module):
+    """The losses of a GFLHead and the numbers its loss_by_feat reads."""
+
+    def __init__(self, num_classes, strides, reg_max=16):
+        super().__init__()
+        self.num_classes = num_classes
+        self.strides = strides
+        self.reg_max = reg_max
+        self.integral = Integral(reg_max)
+        self.loss_cls = QualityFocalLoss(beta=2.0, loss_weight=1.0)
+        self.loss_bbox = GIoULoss(loss_weight=2.0)
+        self.loss_dfl = DistributionFocalLoss(loss_weight=0.25)
+
+    def forward(self, cls_scores, bbox_preds, anchors, labels, label_weights, bbox_targets,
+                avg_factor):  # fmt: skip
+        """Per level: [B, C, H, W], [B, 4 K, H, W], [B, H W, 4], [B, H W] twice, [B, H W, 4]."""
+        avg_factor = torch.tensor(avg_factor, dtype=torch.float).item()
+        levels = [
+            self.head_loss_single(*level, avg_factor)
+            for level in zip(
+                anchors,
+                cls_scores,
+                bbox_preds,
+                labels,
+                label_weights,
+                bbox_targets,
+                self.strides,
+                strict=True,
+            )  # fmt: skip
+        ]
+        losses_cls, losses_bbox, losses_dfl, weights = map(list, zip(*levels, strict=True))
+        total = sum(weights).clamp_(min=1).item()
+        return losses_cls, [x / total for x in losses_bbox], [x / total for x in losses_dfl]
+
+    def head_loss_single(self, anchors, cls_score, bbox_pred, labels, label_weights, bbox_targets,
+                         stride, avg_factor):  # fmt: skip
+        anchors = anchors.reshape(-1, 4)
+        cls_score = cls_score.permute(0, 2, 3, 1).reshape(-1, self.num_classes)
+        bbox_pred = bbox_pred.permute(0, 2, 3, 1).reshape(-1, 4 * (self.reg_max + 1))
+        bbox_targets = bbox_targets.reshape(-1, 4)
+        labels = labels.reshape(-1)
+        label_weights = label_weights.reshape(-1)
+        pos_inds = ((labels >= 0) & (labels < self.num_classes)).nonzero().squeeze(1)
+        score = label_weights.new_zeros(labels.shape)
+        if len(pos_inds) > 0:
+            pos_bbox_targets = bbox_targets[pos_inds]
+            pos_bbox_pred = bbox_pred[pos_inds]
+            pos_anchors = anchors[pos_inds]
+            centers = torch.stack(
+                [
+                    (pos_anchors[..., 2] + pos_anchors[..., 0]) / 2,
+                    (pos_anchors[..., 3] + pos_anchors[..., 1]) / 2,
+                ],
+                dim=-1,
+            )
+            centers = centers / stride
+            weight_targets = cls_score.detach().sigmoid()
+            weight_targets = weight_targets.max(dim=1)[0][pos_inds]
+            distance = self.integral(pos_bbox_pred)
+            decoded = torch.stack(
+                [
+                    centers[..., 0] - distance[..., 0],
+                    centers[..., 1] - distance[..., 1],
+                    centers[..., 0] + distance[..., 2],
+                    centers[..., 1] + distance[..., 3],
+                ],
+                -1,
+            )
+            targets = pos_bbox_targets / stride
+            score[pos_inds] = bbox_overlaps(decoded.detach(), targets)
+            pred_corners = pos_bbox_pred.reshape(-1, self.reg_max + 1)
+            highest = self.reg_max - 0.1
+            target_corners = torch.stack(
+                [
+                    (centers[..., 0] - targets[..., 0]).clamp(min=0, max=highest),
+                    (centers[..., 1] - targets[..., 1]).clamp(min=0, max=highest),
+                    (targets[..., 2] - centers[..., 0]).clamp(min=0, max=highest),
+                    (targets[..., 3] - centers[..., 1]).clamp(min=0, max=highest),
+                ],
+                -1,
+            ).reshape(-1)
+            loss_bbox = self.loss_bbox(decoded, targets, weight=weight_targets, avg_factor=1.0)
+            loss_dfl = self.loss_dfl(
+                pred_corners,
+                target_corners,
+                weight=weight_targets[:, None].expand(-1, 4).reshape(-1),
+                avg_factor=4.0,
+            )
+        else:
+            loss_bbox = bbox_pred.sum() * 0
+            loss_dfl = bbox_pred.sum() * 0
+            weight_targets = bbox_pred.new_tensor(0)
+        loss_cls = self.loss_cls(
+            cls_score, (labels, score), weight=label_weights, avg_factor=avg_factor
+        )
+        return loss_cls, loss_bbox, loss_dfl, weight_targets.sum()

@@ -142,6 +142,43 @@ GFL_HD T pow_abs(T log_abs_d, scalar_t<T> beta) {
   return exponential(log_abs_d * beta);
 }
 
+// atan(x).  Valid: all.  Max relative error: 1.5e-7 (float), 2.5e-16 (double).
+template <typename T>
+GFL_HD T arctangent(T x) {
+  using S = scalar_t<T>;
+  const T a = -negative_abs(x), zeros = broadcast<T>(S(0)), ones = broadcast<T>(S(1));
+  // |z| <= tan(pi / 8):  atan(a) = pi / 2 + atan(-1 / a) = pi / 4 + atan((a - 1) / (a + 1)).
+  const auto steep = a > S(2.414213562373095);
+  const auto middle = a > S(0.41421356237309503);
+  const T z = select(steep, -ones, select(middle, a - S(1), a)) /
+              select(steep, a, select(middle, a + S(1), ones));
+  const T base = select(steep, broadcast<T>(S(1.5707963267948966)),
+                        select(middle, broadcast<T>(S(0.7853981633974483)), zeros));
+  const T y = z * z;
+  T p;
+  if constexpr (sizeof(S) == 4) {
+    p = y * S(-0.06451718509197235f) + S(0.10743668675422668f);
+    p = p * y + S(-0.14263950288295746f);
+    p = p * y + S(0.19999539852142334f);
+    p = p * y + S(-0.3333333134651184f);
+  } else {
+    p = y * S(-0.013916943217800841) + S(0.03063443323901452);
+    p = p * y + S(-0.04104381417807643);
+    p = p * y + S(0.04719381457895137);
+    p = p * y + S(-0.052580394289794816);
+    p = p * y + S(0.05881925033877732);
+    p = p * y + S(-0.06666642004996545);
+    p = p * y + S(0.07692306735321475);
+    p = p * y + S(-0.0909090906699066);
+    p = p * y + S(0.11111111110754406);
+    p = p * y + S(-0.14285714285711515);
+    p = p * y + S(0.19999999999999993);
+    p = p * y + S(-0.3333333333333333);
+  }
+  const T angle = base + (z + (z * y) * p);
+  return select(x < S(0), -angle, angle);
+}
+
 // Quality family
 
 // A loss and its derivative in x, per element.
@@ -313,6 +350,166 @@ GFL_HD T distribution_grad(T total_p, Mask is_left, Mask is_right, T wl, T wr) {
 template <typename T>
 GFL_HD T expectation_grad(T p, T y, T expectation) {
   return p * (y - expectation);
+}
+
+// Box term. Boxes are x1, y1, x2, y2 in units of the stride.
+
+// sigmoid(x), the weight of a positive.
+template <typename T>
+GFL_HD T sigmoid(T x) {
+  using S = scalar_t<T>;
+  const T e = exponential(negative_abs(x));
+  const T r = reciprocal(e + S(1));
+  return select(x >= S(0), r, e * r);
+}
+
+template <typename T>
+struct Overlap {
+  T width, height;  // may be negative
+  T area, area_union;
+};
+
+// The union of a box turned inside out may be negative: callers take care of it.
+template <typename T>
+GFL_HD Overlap<T> overlap_and_union(const T* box, const T* target) {
+  using S = scalar_t<T>;
+  const T zeros = broadcast<T>(S(0));
+  const auto smaller = [](T a, T b) { return select(a < b, a, b); };
+  const auto larger = [](T a, T b) { return select(a > b, a, b); };
+  const T width = smaller(box[2], target[2]) - larger(box[0], target[0]);
+  const T height = smaller(box[3], target[3]) - larger(box[1], target[1]);
+  const T area = select(width < S(0), zeros, width) * select(height < S(0), zeros, height);
+  return {width, height, area,
+          (box[2] - box[0]) * (box[3] - box[1]) +
+              (target[2] - target[0]) * (target[3] - target[1]) - area};
+}
+
+// Intersection over union, the quality of a positive.
+template <typename T>
+GFL_HD T box_iou(const T* box, const T* target) {
+  using S = scalar_t<T>;
+  const Overlap<T> o = overlap_and_union(box, target);
+  const T floor = broadcast<T>(S(1e-6));
+  return o.area / select(o.area_union < floor, floor, o.area_union);
+}
+
+// Kinds of box loss, as in gfl_kernels/ops.py.
+enum { kIou, kGiou, kDiou, kCiou, kCiouAll };
+
+template <typename T>
+struct BoxLossGrad {
+  T loss, grad[4];
+};
+
+// Box loss and its derivatives in the box's coordinates. With O the overlap, U the union, C the
+// smallest box around both, c its diagonal and rho the distance of the centres:
+//   kIou   -log(O / U)
+//   kGiou  1 - O / U + (C - U) / C
+//   kDiou  1 - O / U + rho^2 / c^2
+//   kCiou  the same + alpha v,  v = 4 / pi^2 (atan(target's w / h) - atan(w / h))^2,
+//          alpha = v / (1 - O / U + v) a constant, 0 where O / U <= 0.5 or v = 0; the sum is
+//          clamped into [0, 2]
+//   kCiouAll  the same with alpha at every O / U, and no clamp
+// Derivatives are PyTorch's: half of it to each side where a minimum or maximum is a tie, 0 at the
+// end of a clamp.
+template <typename T>
+GFL_HD BoxLossGrad<T> box_loss_grad(int kind, const T* box, const T* target, scalar_t<T> epsilon) {
+  using S = scalar_t<T>;
+  const T zeros = broadcast<T>(S(0)), ones = broadcast<T>(S(1)), eps = broadcast<T>(epsilon);
+  // The derivative of max(a, b) in a; of min(a, b) it is above(b, a).
+  const auto above = [&](T a, T b) {
+    return select(a > b, ones, select(a == b, broadcast<T>(S(0.5)), zeros));
+  };
+  const auto floor_slope = [&](T a, T floor) { return select(a > floor, ones, zeros); };
+  const Overlap<T> o = overlap_and_union(box, target);
+  const T width = box[2] - box[0], height = box[3] - box[1];
+
+  // L depends on the overlap's sides, the box's area, the sides of C, and directly on the box.
+  T loss, by_overlap, by_area, by_enclosure_width = zeros, by_enclosure_height = zeros;
+  T direct[4] = {zeros, zeros, zeros, zeros};
+  const bool clamped = kind == kIou || kind == kGiou;  // U = max(U, eps), else U + eps
+  const T area_union =
+      clamped ? select(o.area_union < eps, eps, o.area_union) : o.area_union + epsilon;
+  const T union_slope = clamped ? floor_slope(o.area_union, eps) : ones;
+  const T iou = o.area / area_union;
+  const T by_union = union_slope * (iou / area_union);  // of 1 - iou
+  if (kind == kIou) {
+    const T ratio = select(iou < eps, eps, iou);
+    const T slope = floor_slope(iou, eps) / ratio;
+    loss = -logarithm(ratio);
+    by_area = slope * by_union;
+    by_overlap = -slope / area_union - by_area;
+  } else {
+    const auto span = [&](int low, int high) {
+      const T last = select(box[high] > target[high], box[high], target[high]);
+      const T side = last - select(box[low] < target[low], box[low], target[low]);
+      return select(side < S(0), zeros, side);
+    };
+    const T enclosure_width = span(0, 2), enclosure_height = span(1, 3);
+    if (kind == kGiou) {
+      const T product = enclosure_width * enclosure_height;
+      const T enclosure = select(product < eps, eps, product);
+      loss = S(1) - (iou - (enclosure - area_union) / enclosure);
+      by_area = by_union - union_slope / enclosure;
+      by_overlap = -ones / area_union - by_area;
+      const T by_enclosure = floor_slope(product, eps) * (area_union / enclosure / enclosure);
+      by_enclosure_width = by_enclosure * enclosure_height;
+      by_enclosure_height = by_enclosure * enclosure_width;
+    } else {
+      const T dx = (target[0] + target[2]) - (box[0] + box[2]);
+      const T dy = (target[1] + target[3]) - (box[1] + box[3]);
+      const T square =
+          enclosure_width * enclosure_width + enclosure_height * enclosure_height + epsilon;
+      const T part = (dx * dx + dy * dy) * S(0.25) / square;
+      loss = S(1) - (iou - part);
+      by_area = by_union;
+      by_overlap = -ones / area_union - by_area;
+      const T by_square = S(-2) * part / square;
+      by_enclosure_width = by_square * enclosure_width;
+      by_enclosure_height = by_square * enclosure_height;
+      direct[0] = direct[2] = S(-0.5) * dx / square;
+      direct[1] = direct[3] = S(-0.5) * dy / square;
+      if (kind != kDiou) {
+        const T tall = height + epsilon;
+        const T angle = arctangent((target[2] - target[0]) / (target[3] - target[1] + epsilon)) -
+                        arctangent(width / tall);
+        const T v = S(0.4052847345693511) * (angle * angle);  // 4 / pi^2
+        const T factor = v / select(v > S(0), (S(1) - iou) + v, ones);
+        const T alpha = kind == kCiou ? select(iou > S(0.5), factor, zeros) : factor;
+        loss = loss + alpha * v;
+        const T by_ratio =
+            S(-2 * 0.4052847345693511) * (alpha * angle) / (width * width + tall * tall);
+        direct[0] = direct[0] - by_ratio * tall;
+        direct[2] = direct[2] + by_ratio * tall;
+        direct[1] = direct[1] + by_ratio * width;
+        direct[3] = direct[3] - by_ratio * width;
+      }
+    }
+  }
+
+  BoxLossGrad<T> result;
+  result.loss = loss;
+  T scale = ones;
+  if (kind == kCiou) {
+    result.loss = select(loss < S(0), zeros, select(loss > S(2), ones + ones, loss));
+    scale = select((loss <= S(0)) | (loss >= S(2)), zeros, ones);
+  }
+  // A side of the overlap or of C that was cut off at 0 stands still.
+  const T overlap_width = select(o.width > S(0), o.width, zeros);
+  const T overlap_height = select(o.height > S(0), o.height, zeros);
+  const T by_width = select(o.width > S(0), by_overlap * overlap_height, zeros);
+  const T by_height = select(o.height > S(0), by_overlap * overlap_width, zeros);
+  for (int low = 0; low < 2; ++low) {
+    const int high = low + 2;
+    const T by_side = low ? by_height : by_width;
+    const T by_enclosure_side = low ? by_enclosure_height : by_enclosure_width;
+    const T other = by_area * (low ? width : height);
+    result.grad[low] = scale * (direct[low] - by_side * above(box[low], target[low]) -
+                                by_enclosure_side * above(target[low], box[low]) - other);
+    result.grad[high] = scale * (direct[high] + by_side * above(target[high], box[high]) +
+                                 by_enclosure_side * above(box[high], target[high]) + other);
+  }
+  return result;
 }
 
 }  // namespace gfl

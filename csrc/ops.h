@@ -4,6 +4,7 @@
 //   explicit Device(const Tensor& pred);        pred's device is the current one while this lives
 //   Place place() const;                        where outputs are allocated
 //   int run(const gfl_quality_args&) const;     and the same for the other two
+//   int run_boxes(const gfl_head_args&) const, run(const gfl_head_args&) const;   for a head
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -15,6 +16,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "gfl_kernels/gfl_kernels.h"
 
@@ -233,6 +235,192 @@ Tensor integral_backward(Tensor grad_out, Tensor pred, std::optional<Tensor> bin
   return grad;
 }
 
+// Tensor[] arguments as the arrays of views that C functions take.
+class Views {
+ public:
+  explicit Views(const std::vector<Tensor>& tensors) {
+    for (const Tensor& tensor : tensors) views_.push_back(*View(tensor).get());
+  }
+  const gfl_view* data() const { return views_.empty() ? nullptr : views_.data(); }
+
+ private:
+  std::vector<gfl_view> views_;
+};
+
+// A tensor of the losses' dtype.
+Tensor new_losses(const Place& place, const Tensor& pred, std::vector<int64_t> sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) {
+    strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
+  }
+  const bool wide = pred.scalar_type() == ScalarType::Double;
+  return new_tensor(place, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                    wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+}
+
+// The tensors of a head and what the three ops share of their arguments; lives as long as a call.
+struct HeadCall {
+  Views cls, box, points, labels, box_targets, targets, label_weights;
+  std::vector<double> strides;
+
+  HeadCall(const std::vector<Tensor>& cls_, const std::vector<Tensor>& box_,
+           const std::vector<Tensor>& points_, const std::vector<Tensor>& labels_,
+           const std::vector<Tensor>& box_targets_, const std::vector<Tensor>& targets_,
+           const std::vector<Tensor>& label_weights_, std::vector<double> strides_)
+      : cls(cls_),
+        box(box_),
+        points(points_),
+        labels(labels_),
+        box_targets(box_targets_),
+        targets(targets_),
+        label_weights(label_weights_),
+        strides(std::move(strides_)) {
+    const size_t levels = cls_.size();
+    const auto fits = [&](size_t n) { return n == levels; };
+    if (!levels || !fits(box_.size()) || !fits(points_.size()) || !fits(labels_.size()) ||
+        !fits(box_targets_.size()) || !(targets_.empty() || fits(targets_.size())) ||
+        !(label_weights_.empty() || fits(label_weights_.size())) || !fits(strides.size())) {
+      throw std::invalid_argument("gfl_native: a list has not as many entries as cls");
+    }
+  }
+
+  gfl_head_args args(int64_t iou, double iou_eps, double limit) const {
+    gfl_head_args a{};
+    a.levels = static_cast<int32_t>(strides.size());
+    a.cls = cls.data();
+    a.box = box.data();
+    a.points = points.data();
+    a.labels = labels.data();
+    a.box_targets = box_targets.data();
+    a.targets = targets.data();
+    a.label_weights = label_weights.data();
+    a.strides = strides.data();
+    a.iou = static_cast<gfl_iou>(iou);
+    a.iou_eps = iou_eps;
+    a.limit = limit;
+    return a;
+  }
+};
+
+int64_t anchors_of(const std::vector<Tensor>& cls) {
+  int64_t anchors = 0;
+  for (const Tensor& level : cls) {
+    int64_t cells = 1;
+    for (int64_t d = 1; d < level.dim() - 1; ++d) cells *= level.size(d);
+    anchors += cells;
+  }
+  return anchors;
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_boxes(
+    std::vector<Tensor> cls, std::vector<Tensor> box, std::vector<Tensor> points,
+    std::vector<Tensor> labels, std::vector<Tensor> box_targets, std::vector<Tensor> targets,
+    std::vector<Tensor> label_weights, std::vector<double> strides, int64_t iou, double iou_eps,
+    double limit, bool write_boxes) {
+  const HeadCall call(cls, box, points, labels, box_targets, targets, label_weights,
+                      std::move(strides));
+  const Tensor& pred = cls[0];
+  const Device device(pred);
+  const auto make = [&](std::vector<int64_t> sizes) {
+    return new_losses(device.place(), pred, std::move(sizes));
+  };
+  const int64_t batch = pred.size(0), anchors = anchors_of(cls);
+  Tensor quality = make({batch, anchors}), weight = make({batch, anchors});
+  Tensor sums = make({static_cast<int64_t>(cls.size()), 2}), normalisers = make({2});
+  Tensor boxes = write_boxes ? make({batch, anchors, 4}) : make({0});
+  const View q(quality), w(weight), s(sums), n(normalisers), b(boxes);
+  gfl_head_args args = call.args(iou, iou_eps, limit);
+  args.quality = q.get();
+  args.weight = w.get();
+  args.sums = s.get();
+  args.normalisers = n.get();
+  args.boxes = write_boxes ? b.get() : nullptr;
+  check(device.run_boxes(args));
+  return {quality, weight, sums, normalisers, boxes};
+}
+
+// What head_forward and head_backward do alike. losses or upstream: six.
+template <typename Device>
+void run_head(const Device& device, const HeadCall& call, const Tensor& quality,
+              const Tensor& weight, const Tensor& sums, const Tensor& normalisers, int64_t iou,
+              double iou_eps, double limit, double beta, const std::vector<double>& loss_weights,
+              const Tensor* losses, const std::optional<Tensor>* upstream,
+              const std::vector<Tensor>& grads) {
+  if (loss_weights.size() != 3) throw std::invalid_argument("gfl_native: three loss_weights");
+  const View q(quality), w(weight), s(sums), n(normalisers);
+  const Views g(grads);
+  std::vector<View> views;
+  for (int i = 0; i < 6; ++i) views.push_back(losses ? View(losses[i]) : View(upstream[i]));
+  gfl_head_args args = call.args(iou, iou_eps, limit);
+  args.quality = q.get();
+  args.weight = w.get();
+  args.sums = s.get();
+  args.normalisers = n.get();
+  args.beta = beta;
+  for (int i = 0; i < 3; ++i) args.loss_weights[i] = loss_weights[i];
+  for (int i = 0; i < 6; ++i) (losses ? args.losses : args.grad_losses)[i] = views[i].get();
+  if (!grads.empty()) {
+    args.grad_cls = g.data();
+    args.grad_box = g.data() + grads.size() / 2;
+  }
+  check(device.run(args));
+}
+
+// Of cls, then of box.
+std::vector<Tensor> new_gradients(const Place& place, const std::vector<Tensor>& cls,
+                                  const std::vector<Tensor>& box) {
+  std::vector<Tensor> grads;
+  for (const auto* list : {&cls, &box}) {
+    for (const Tensor& level : *list) grads.push_back(new_gradient(place, level, true));
+  }
+  return grads;
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> head_forward(
+    std::vector<Tensor> cls, std::vector<Tensor> box, std::vector<Tensor> points,
+    std::vector<Tensor> labels, std::vector<Tensor> box_targets, std::vector<Tensor> targets,
+    std::vector<Tensor> label_weights, Tensor quality, Tensor weight, Tensor sums,
+    Tensor normalisers, std::vector<double> strides, int64_t iou, double iou_eps, double limit,
+    double beta, std::vector<double> loss_weights, bool write_grad) {
+  const HeadCall call(cls, box, points, labels, box_targets, targets, label_weights,
+                      std::move(strides));
+  const Tensor& pred = cls[0];
+  const Device device(pred);
+  const Place place = device.place();
+  const int64_t levels = static_cast<int64_t>(cls.size());
+  std::vector<Tensor> losses;
+  for (int i = 0; i < 6; ++i) {
+    losses.push_back(i < 3 ? new_losses(place, pred, {}) : new_losses(place, pred, {levels}));
+  }
+  std::vector<Tensor> grads;
+  if (write_grad) grads = new_gradients(place, cls, box);
+  run_head(device, call, quality, weight, sums, normalisers, iou, iou_eps, limit, beta,
+           loss_weights, losses.data(), nullptr, grads);
+  return {losses[0], losses[1], losses[2], losses[3], losses[4], losses[5], grads};
+}
+
+template <typename Device>
+std::vector<Tensor> head_backward(
+    std::optional<Tensor> grad_cls, std::optional<Tensor> grad_bbox, std::optional<Tensor> grad_dfl,
+    std::optional<Tensor> grad_levels_cls, std::optional<Tensor> grad_levels_bbox,
+    std::optional<Tensor> grad_levels_dfl, std::vector<Tensor> cls, std::vector<Tensor> box,
+    std::vector<Tensor> points, std::vector<Tensor> labels, std::vector<Tensor> box_targets,
+    std::vector<Tensor> targets, std::vector<Tensor> label_weights, Tensor quality, Tensor weight,
+    Tensor sums, Tensor normalisers, std::vector<double> strides, int64_t iou, double iou_eps,
+    double limit, double beta, std::vector<double> loss_weights) {
+  const HeadCall call(cls, box, points, labels, box_targets, targets, label_weights,
+                      std::move(strides));
+  const Device device(cls[0]);
+  const std::vector<Tensor> grads = new_gradients(device.place(), cls, box);
+  const std::optional<Tensor> upstream[] = {grad_cls,        grad_bbox,        grad_dfl,
+                                            grad_levels_cls, grad_levels_bbox, grad_levels_dfl};
+  run_head(device, call, quality, weight, sums, normalisers, iou, iou_eps, limit, beta,
+           loss_weights, nullptr, upstream, grads);
+  return grads;
+}
+
 }  // namespace
 }  // namespace gfl
 
@@ -245,4 +433,12 @@ Tensor integral_backward(Tensor grad_out, Tensor pred, std::optional<Tensor> bin
     m.impl("distribution_backward", TORCH_BOX(&distribution_backward<DEVICE>)); \
     m.impl("integral_forward", TORCH_BOX(&integral_forward<DEVICE>));           \
     m.impl("integral_backward", TORCH_BOX(&integral_backward<DEVICE>));         \
+  }
+
+// The ops of a whole head, too.
+#define GFL_IMPLEMENT_HEAD(KEY, DEVICE)                         \
+  STABLE_TORCH_LIBRARY_IMPL(gfl_native, KEY, m) {               \
+    m.impl("head_boxes", TORCH_BOX(&head_boxes<DEVICE>));       \
+    m.impl("head_forward", TORCH_BOX(&head_forward<DEVICE>));   \
+    m.impl("head_backward", TORCH_BOX(&head_backward<DEVICE>)); \
   }

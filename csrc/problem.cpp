@@ -203,4 +203,101 @@ DistributionProblem describe(const char* name, const gfl_integral_args& args) {
   return d;
 }
 
+HeadProblem describe(const char* name, const gfl_head_args& args, int level, int64_t first) {
+  const std::string where = std::string(name) + ": level " + std::to_string(level) + " of ";
+  const gfl_view &cls = args.cls[level], &box = args.box[level];
+  if (cls.ndim < 3 || cls.ndim > 4) fail(where + "cls must have shape (B, cells..., C)");
+  HeadProblem h{};
+  h.batch = cls.sizes[0];
+  h.width = cls.sizes[cls.ndim - 2];
+  h.cells = cls.ndim == 4 ? cls.sizes[1] * h.width : h.width;
+  h.classes = cls.sizes[cls.ndim - 1];
+  h.dense = args.targets;
+  if (box.ndim != cls.ndim || box.sizes[box.ndim - 1] % 4 || box.sizes[box.ndim - 1] < 8) {
+    fail(where + "box must have shape (B, cells..., 4 K), got " + shape_of(box.sizes, box.ndim));
+  }
+  h.bins = box.sizes[box.ndim - 1] / 4;
+  if (!is_float(cls.dtype) || !is_float(box.dtype) ||
+      (cls.dtype == GFL_FLOAT64) != (box.dtype == GFL_FLOAT64)) {
+    fail(where + "cls and box must be floats, float64 together");
+  }
+
+  const auto operand = [&](const char* what, const gfl_view& view, const int64_t* sizes, int dims) {
+    bool same = view.ndim == dims;
+    for (int d = 0; same && d < dims; ++d) same = view.sizes[d] == sizes[d];
+    if (!same) {
+      fail(where + what + " must have shape " + shape_of(sizes, dims) + ", got " +
+           shape_of(view.sizes, view.ndim));
+    }
+    Operand o;
+    o.data = static_cast<char*>(view.data);
+    o.dtype = view.dtype;
+    return o;
+  };
+  // A value per cell, or `columns` of them; without images where batch is 0.
+  const auto per_cell = [&](const char* what, const gfl_view& view, int64_t columns, bool images) {
+    const int64_t sizes[] = {h.batch, h.cells, columns};
+    const int dims = 2 + (columns > 0);
+    Operand o = operand(what, view, images ? sizes : sizes + 1, dims - !images);
+    if (images) o.row[0] = view.strides[0];
+    o.row[1] = view.strides[images];
+    if (columns) o.column = view.strides[dims - 1 - !images];
+    return o;
+  };
+  const auto logits = [&](const char* what, const gfl_view& view, int64_t columns) {
+    int64_t sizes[] = {h.batch, cls.sizes[1], cls.sizes[2], columns};
+    sizes[cls.ndim - 1] = columns;
+    Operand o = operand(what, view, sizes, cls.ndim);
+    o.row[0] = view.strides[0];
+    if (cls.ndim == 4) o.row[1] = view.strides[1];
+    o.row[2] = view.strides[cls.ndim - 2];
+    o.column = view.strides[cls.ndim - 1];
+    return o;
+  };
+  h.scores = logits("targets", args.targets ? args.targets[level] : cls, h.classes);
+  h.box = logits("box", box, 4 * h.bins);
+  h.points = per_cell("points", args.points[level], 2, false);
+  h.labels = per_cell("labels", args.labels[level], 0, true);
+  h.box_targets = per_cell("box_targets", args.box_targets[level], 4, true);
+  if (args.label_weights) per_cell("label_weights", args.label_weights[level], 0, true);
+  if (args.grad_box) {
+    h.grad = logits("grad_box", args.grad_box[level], 4 * h.bins);
+    if (h.grad.dtype != box.dtype) fail(where + "grad_box must have the dtype of box");
+  }
+
+  // What belongs to the anchors of all levels, without gaps.
+  int64_t anchors = 0;
+  for (int l = 0; l < args.levels; ++l) {
+    const gfl_view& other = args.cls[l];
+    int64_t n = 1;
+    for (int d = 1; d < other.ndim - 1; ++d) n *= other.sizes[d];
+    anchors += n;
+  }
+  const gfl_dtype dtype = accumulator(cls.dtype);
+  const auto joint = [&](const char* what, const gfl_view* view, int64_t columns) {
+    if (!view) fail(where + what + " is missing");
+    const int64_t sizes[] = {h.batch, anchors, columns};
+    Operand o = operand(what, *view, sizes, columns > 1 ? 3 : 2);
+    if (view->dtype != dtype) fail(where + what + " has the wrong dtype");
+    o.row[0] = anchors * columns;
+    o.row[1] = columns;
+    o.column = 1;
+    if (o.data) o.data += first * columns * element_bytes(dtype);
+    return o;
+  };
+  h.quality = joint("quality", args.quality, 1);
+  h.weight = joint("weight", args.weight, 1);
+  if (args.boxes) h.boxes = joint("boxes", args.boxes, 4);
+  const int64_t two[] = {args.levels, 2};
+  if (operand("sums", *args.sums, two, 2).dtype != dtype ||
+      operand("normalisers", *args.normalisers, two + 1, 1).dtype != dtype) {
+    fail(where + "sums and normalisers have the wrong dtype");
+  }
+  h.iou = args.iou;
+  h.iou_eps = args.iou_eps;
+  h.limit = args.limit;
+  h.stride = args.strides[level];
+  return h;
+}
+
 }  // namespace gfl

@@ -42,6 +42,27 @@ struct DistributionProblem {
   double scale;
 };
 
+// One level of a head. Of an operand with a value per anchor, row[0] steps along images and row[1]
+// along cells; of logits, whose cells may lie in a plane of rows, row[1] along the plane's rows and
+// row[2] along their `width` cells.
+struct HeadProblem {
+  int64_t batch, cells, width;
+  int64_t classes, bins;
+  Operand scores;  // class logits, or the targets where there are some (`dense`)
+  Operand box, points, labels, box_targets;
+  Operand quality, weight, boxes;
+  Operand grad;  // of box; present: only it is written, else the four before
+  bool dense;
+  gfl_iou iou;
+  double iou_eps, limit, stride;
+  double bbox_scale, dfl_scale;  // of the gradient
+};
+
+// Sums over positives: their number, their weights, weighted box loss and DFL.
+struct HeadSums {
+  double count, weight, bbox, dfl;
+};
+
 int64_t element_bytes(gfl_dtype dtype);
 gfl_dtype accumulator(gfl_dtype dtype);  // float64 for float64, else float32
 
@@ -50,5 +71,7 @@ gfl_dtype accumulator(gfl_dtype dtype);  // float64 for float64, else float32
 QualityProblem describe(const char* name, const gfl_quality_args& args);
 DistributionProblem describe(const char* name, const gfl_distribution_args& args);
 DistributionProblem describe(const char* name, const gfl_integral_args& args);  // without values
+// The level whose first anchor is number `first`, with the gradient's scales left at 0.
+HeadProblem describe(const char* name, const gfl_head_args& args, int level, int64_t first);
 
 }  // namespace gfl

@@ -3,16 +3,21 @@
 from ._version import __version__
 from .dispatch import backends, use_backend
 from .functional import distribution_focal_loss, integral, quality_focal_loss
-from .modules import DistributionFocalLoss, Integral, QualityFocalLoss
+from .head import GFLLossOutput, gfl_loss, task_aligned_loss
+from .modules import DistributionFocalLoss, GFLLoss, Integral, QualityFocalLoss
 
 __all__ = [
     "DistributionFocalLoss",
+    "GFLLoss",
+    "GFLLossOutput",
     "Integral",
     "QualityFocalLoss",
     "__version__",
     "backends",
     "distribution_focal_loss",
+    "gfl_loss",
     "integral",
     "quality_focal_loss",
+    "task_aligned_loss",
     "use_backend",
 ]

@@ -42,7 +42,7 @@ def report() -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines += ["", f"what runs for a float32 tensor on {device}:"]
     sample = torch.zeros(1, 2, device=device)
-    for op in ("quality_focal_loss", "distribution_focal_loss", "integral"):
+    for op in ("quality_focal_loss", "distribution_focal_loss", "integral", "gfl_loss"):
         try:
             served = dispatch.choose(op, sample)
         except (RuntimeError, ValueError) as error:

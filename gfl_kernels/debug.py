@@ -44,3 +44,10 @@ def check_quality(name, pred, target, score, class_dim, activated) -> None:
 def check_distribution(name, target, weight_left, bins) -> None:
     argument = "target" if weight_left is None else "left"
     _first_bad(name, argument, target, _outside(target, 0, bins - 1), f"in [0, {bins - 1}]")
+
+
+def check_head(name, labels, classes) -> None:
+    for level, label in enumerate(labels):
+        _first_bad(
+            name, f"labels[{level}]", label, _outside(label, -1, classes), f"in [-1, {classes}]"
+        )

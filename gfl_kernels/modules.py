@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .functional import _distribution_focal_loss, _quality_focal_loss, integral
+from .head import GFLLossOutput, gfl_loss
 
 
 class _Loss(nn.Module):
@@ -111,3 +115,59 @@ class Integral(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., 4 (reg_max + 1)] -> [N, 4] in bins, N the product of the leading dimensions."""
         return integral(x.reshape(-1, self.reg_max + 1), bins=self.project).reshape(-1, 4)
+
+
+class GFLLoss(nn.Module):
+    """The losses of a GFL head over all levels; see :func:`gfl_kernels.gfl_loss`.
+
+    Args:
+        strides: per level, in pixels.
+        reg_max, beta, iou, loss_weights, process_group: as in the function.
+    """
+
+    def __init__(
+        self,
+        strides: Sequence[float] = (8, 16, 32, 64, 128),
+        reg_max: int = 16,
+        beta: float = 2.0,
+        iou: str = "giou",
+        loss_weights: Sequence[float] = (1.0, 2.0, 0.25),
+        process_group: Any = None,
+    ) -> None:
+        super().__init__()
+        self.strides = tuple(strides)
+        self.reg_max = reg_max
+        self.beta = beta
+        self.iou = iou
+        self.loss_weights = tuple(loss_weights)
+        self.process_group = process_group
+
+    def forward(
+        self,
+        cls_logits: Sequence[Tensor],
+        box_logits: Sequence[Tensor],
+        points: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        box_targets: Sequence[Tensor],
+        label_weights: Sequence[Tensor] | None = None,
+        avg_factor: float | Tensor | None = None,
+        return_boxes: bool = False,
+    ) -> GFLLossOutput:
+        """Per level: [B, C, H, W], [B, 4 (reg_max + 1), H, W], [H * W, 2], [B, H * W],
+        [B, H * W, 4] and [B, H * W]."""
+        return gfl_loss(
+            cls_logits,
+            box_logits,
+            points,
+            labels,
+            box_targets,
+            label_weights=label_weights,
+            strides=self.strides,
+            reg_max=self.reg_max,
+            beta=self.beta,
+            iou=self.iou,
+            loss_weights=self.loss_weights,
+            avg_factor=avg_factor,
+            process_group=self.process_group,
+            return_boxes=return_boxes,
+        )

@@ -15,9 +15,20 @@ rows. Losses are float32, or float64 for float64; gradients have pred's dtype an
 reduction is NONE (a loss per row, times scale), SUM (a 0-dim tensor: the sum over rows, times
 scale, divided by avg_factor + eps(float32) if there is one) or MEAN (SUM divided by the number of
 rows).
+
+The head ops take the levels of a pyramid as lists, [B, ..., C] class logits and [B, ..., 4 K] box
+logits with one or two dimensions of cells and any strides; per level n cells: points [n, 2], labels
+[B, n], box_targets [B, n, 4], in pixels, and label_weights [B, n] or none at all. Without targets
+a label in [0, C) is positive; with targets, qualities [B, ..., C], labels are a mask. head_boxes
+looks at the positives; head_forward is what autograd sees, so that between the two the
+normalisers can be reduced over the processes of a job.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +39,7 @@ from .reference import accumulate_dtype
 # Reductions and forms as the schemas carry them; csrc/cpu/ops.cpp has the same numbers.
 NONE, SUM, MEAN = 0, 1, 2
 LOGITS, PROBABILITIES = 0, 1
+IOUS = {"iou": 0, "giou": 1, "diou": 2, "ciou": 3, "ciou_all": 4}  # reference.box_loss's kinds
 
 _QUALITY = (
     "Tensor pred, Tensor target, Tensor? score, Tensor? weight, Tensor? avg_factor, "
@@ -36,6 +48,15 @@ _QUALITY = (
 _DISTRIBUTION = (
     "Tensor pred, Tensor target, Tensor? weight_left, Tensor? weight_right, Tensor? weight, "
     "Tensor? avg_factor, float scale, int reduction"
+)
+_LEVELS = (
+    "Tensor[] cls, Tensor[] box, Tensor[] points, Tensor[] labels, Tensor[] box_targets, "
+    "Tensor[] targets, Tensor[] label_weights"
+)
+_BOX = "float[] strides, int iou, float iou_eps, float limit"
+_HEAD = (
+    f"{_LEVELS}, Tensor quality, Tensor weight, Tensor sums, Tensor normalisers, {_BOX}, "
+    "float beta, float[] loss_weights"
 )
 
 SCHEMAS = {
@@ -50,6 +71,19 @@ SCHEMAS = {
     # bins holds the value of each bin; 0, 1, 2, ... without it.
     "integral_forward": "(Tensor pred, Tensor? bins) -> Tensor",
     "integral_backward": "(Tensor grad_out, Tensor pred, Tensor? bins) -> Tensor",
+    # Of every positive, 0 elsewhere, A the anchors of all levels: its IoU, its weight (the highest
+    # score, or the sum of its targets) [B, A], and with write_boxes the decoded box [B, A, 4] in
+    # pixels, else empty. sums [L, 2]: weighted box loss and DFL, not normalised. normalisers [2]:
+    # the sum over images of max(positives, 1) (with targets, of the weights), and of the weights.
+    "head_boxes": f"({_LEVELS}, {_BOX}, bool write_boxes) "
+    "-> (Tensor quality, Tensor weight, Tensor sums, Tensor normalisers, Tensor boxes)",
+    # The three losses, and each per level [L]. grads: cls's and box's gradients for an upstream
+    # gradient of 1 of the three, if write_grad, else none.
+    "head_forward": f"({_HEAD}, bool write_grad) -> (Tensor loss_cls, Tensor loss_bbox, "
+    "Tensor loss_dfl, Tensor levels_cls, Tensor levels_bbox, Tensor levels_dfl, Tensor[] grads)",
+    "head_backward": "(Tensor? grad_cls, Tensor? grad_bbox, Tensor? grad_dfl, "
+    "Tensor? grad_levels_cls, Tensor? grad_levels_bbox, Tensor? grad_levels_dfl, "
+    f"{_HEAD}) -> Tensor[]",
 }
 
 _libraries = [torch.library.Library(ns, "DEF") for ns in ("gfl_kernels", "gfl_native")]
@@ -77,6 +111,29 @@ def _fake_integral(pred: Tensor, bins: Tensor | None) -> Tensor:
     return pred.new_empty(pred.shape[:-1], dtype=accumulate_dtype(pred.dtype))
 
 
+def _fake_head_boxes(cls: list[Tensor], box: list[Tensor], *args):
+    write_boxes = args[-1]
+    batch, anchors = cls[0].shape[0], sum(math.prod(level.shape[1:-1]) for level in cls)
+
+    def new(*shape):
+        return cls[0].new_empty(shape, dtype=accumulate_dtype(cls[0].dtype))
+
+    boxes = new(batch, anchors, 4) if write_boxes else new(0)
+    return new(batch, anchors), new(batch, anchors), new(len(cls), 2), new(2), boxes
+
+
+def _fake_head_forward(cls: list[Tensor], box: list[Tensor], *args):
+    write_grad = args[-1]
+    shapes = [()] * 3 + [(len(cls),)] * 3
+    losses = [cls[0].new_empty(s, dtype=accumulate_dtype(cls[0].dtype)) for s in shapes]
+    return *losses, [torch.empty_like(level) for level in (*cls, *box)] if write_grad else []
+
+
+def _fake_head_backward(*args):
+    cls, box = args[6:8]
+    return [torch.empty_like(level) for level in (*cls, *box)]
+
+
 _FAKES = {
     "quality_forward": _fake_forward,
     "quality_backward": _fake_backward,
@@ -84,12 +141,16 @@ _FAKES = {
     "distribution_backward": _fake_backward,
     "integral_forward": _fake_integral,
     "integral_backward": _fake_backward,
+    "head_boxes": _fake_head_boxes,
+    "head_forward": _fake_head_forward,
+    "head_backward": _fake_head_backward,
 }
 
 
 def _dispatched(name: str, pred_index: int):
     def call(*args):
-        return dispatch.kernel(name, args[pred_index])(*args)
+        pred = args[pred_index]
+        return dispatch.kernel(name, pred if isinstance(pred, Tensor) else pred[0])(*args)
 
     return call
 
@@ -98,8 +159,8 @@ for _name, _signature in SCHEMAS.items():
     for _library in _libraries:
         _library.define(_name + _signature)
         torch.library.register_fake(f"{_library.ns}::{_name}", _FAKES[_name], lib=_library)
-    _pred_index = 1 if _name.endswith("_backward") else 0
-    _libraries[0].impl(_name, _dispatched(_name, _pred_index), "CompositeExplicitAutograd")
+    _upstream = _signature.split("->")[0].count(" grad_")  # pred follows the upstream gradients
+    _libraries[0].impl(_name, _dispatched(_name, _upstream), "CompositeExplicitAutograd")
 
 
 # Autograd
@@ -182,11 +243,105 @@ class DistributionIntegral(torch.autograd.Function):
         return dispatch.kernel("integral_backward", pred)(grad_out, pred, bins), None
 
 
+class HeadOptions(NamedTuple):
+    """What a head's loss takes besides tensors. The first four and the next two as the schemas."""
+
+    strides: list[float]
+    iou: int
+    iou_eps: float
+    limit: float
+    beta: float
+    loss_weights: list[float]
+    normalise: Callable[[Tensor], Tensor]  # of the normalisers, over the processes
+    write_boxes: bool
+    write_grad: bool
+
+
+def _split_levels(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    return [tensors[start : start + count] for start, count in zip(starts, counts, strict=True)]
+
+
+def head_loss(levels: Sequence[Sequence[Tensor]], options: HeadOptions) -> tuple[Tensor, ...]:
+    """HeadLoss in the form that torch.compile records; levels: the schemas' seven lists."""
+    with torch.no_grad():
+        quality, weight, sums, normalisers, boxes = torch.ops.gfl_kernels.head_boxes(
+            *levels, *options[:4], options.write_boxes
+        )
+        normalisers = options.normalise(normalisers)
+    *losses, _ = torch.ops.gfl_kernels.head_forward(
+        *levels, quality, weight, sums, normalisers, *options[:6], False
+    )
+    return *losses, quality, boxes
+
+
+class HeadLoss(torch.autograd.Function):
+    """The three losses of a head, each per level, the quality and the boxes.
+
+    channel_dims: where the channels of the class and box logits lie. counts: the lengths of the
+    schemas' seven lists, whose tensors follow.
+    """
+
+    @staticmethod
+    def forward(ctx, options, channel_dims, counts, *tensors):
+        ctx.set_materialize_grads(False)
+        cls, box, *others = _split_levels(tensors, counts)
+        cls = [level.movedim(channel_dims[0], -1) for level in cls]
+        box = [level.movedim(channel_dims[1], -1) for level in box]
+        *assessed, normalisers, boxes = dispatch.kernel("head_boxes", cls[0])(
+            cls, box, *others, *options[:4], options.write_boxes
+        )
+        assessed.append(options.normalise(normalisers))
+        *losses, grads = dispatch.kernel("head_forward", cls[0])(
+            cls, box, *others, *assessed, *options[:6], options.write_grad
+        )
+        ctx.save_for_backward(*tensors, *assessed, *grads)
+        ctx.options, ctx.channel_dims, ctx.counts = options, channel_dims, counts
+        ctx.mark_non_differentiable(assessed[0], boxes)
+        return *losses, assessed[0], boxes
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        upstream = upstream[:6]
+        *lists, assessed, grads = _split_levels(
+            ctx.saved_tensors, (*ctx.counts, 4, len(ctx.saved_tensors) - sum(ctx.counts) - 4)
+        )
+        create_graph = torch.is_grad_enabled()
+        if grads and not create_graph and _are_ones(upstream):
+            if torch._C._autograd._get_current_graph_task_keep_graph():
+                grads = [grad.clone() for grad in grads]
+        else:
+            dims = ctx.channel_dims
+            cls = [level.movedim(dims[0], -1) for level in lists[0]]
+            box = [level.movedim(dims[1], -1) for level in lists[1]]
+            if create_graph:  # the op's own derivative is refused by name
+                op = torch.ops.gfl_kernels.head_backward
+            else:
+                op = dispatch.kernel("head_backward", cls[0])
+            grads = op(*upstream, cls, box, *lists[2:], *assessed, *ctx.options[:6])
+        count = len(lists[0])
+        grads = [grad.movedim(-1, ctx.channel_dims[i >= count]) for i, grad in enumerate(grads)]
+        return None, None, None, *grads, *[None] * (sum(ctx.counts) - 2 * count)
+
+
+def _are_ones(upstream: Sequence[Tensor | None]) -> bool:
+    """Whether each loss, in total or level by level, has an upstream gradient of 1 on the CPU."""
+    for total, levels in zip(upstream[:3], upstream[3:], strict=True):
+        if (total is None) == (levels is None):
+            return False
+        grad = total if levels is None else levels
+        # tolist() and not item(), which goes through the dispatcher, where host reads are counted.
+        if type(grad) is not Tensor or any(value != 1 for value in grad.flatten().tolist()):
+            return False
+    return True
+
+
 # Function.apply without its Python wrapper, which only serves torch.func transforms (dispatch keeps
 # those out) and costs a microsecond where a whole call on small logits takes thirty.
 apply_quality_focal = super(torch.autograd.Function, QualityFocal).apply
 apply_distribution_focal = super(torch.autograd.Function, DistributionFocal).apply
 apply_distribution_integral = super(torch.autograd.Function, DistributionIntegral).apply
+apply_head_loss = super(torch.autograd.Function, HeadLoss).apply
 
 
 def _register_loss_autograd(family: str, tensors: int) -> None:
@@ -225,6 +380,29 @@ torch.library.register_autograd(
     ),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     lib=_libraries[0],
+)
+
+
+def _setup_head(ctx, inputs, output) -> None:
+    lists, rest = inputs[:7], inputs[7:]
+    ctx.set_materialize_grads(False)
+    ctx.counts = [len(tensors) for tensors in lists]
+    ctx.save_for_backward(*(tensor for tensors in lists for tensor in tensors), *rest[:4])
+    ctx.constants = rest[4:-1]
+
+
+def _head_backward(ctx, *upstream):
+    tensors, assessed = ctx.saved_tensors[:-4], ctx.saved_tensors[-4:]
+    lists = _split_levels(tensors, ctx.counts)
+    grads = torch.ops.gfl_kernels.head_backward(*upstream[:6], *lists, *assessed, *ctx.constants)
+    count = ctx.counts[0]
+    others = ([None] * n for n in ctx.counts[2:])
+    # None for the four tensors, the constants and write_grad, too.
+    return grads[:count], grads[count:], *others, *[None] * (4 + len(ctx.constants) + 1)
+
+
+torch.library.register_autograd(
+    "gfl_kernels::head_forward", _head_backward, setup_context=_setup_head, lib=_libraries[0]
 )
 for _name in SCHEMAS:
     if _name.endswith("_backward"):

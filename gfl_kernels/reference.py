@@ -10,6 +10,9 @@ Notation: s = sigmoid(x), d = s - q, softplus(x) = log(1 + exp(x)).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -124,6 +127,65 @@ def expectation(z: Tensor, y: Tensor) -> Tensor:
     return (F.softmax(z, dim=-1) * y).sum(-1)
 
 
+# Box term. Boxes are xyxy in units of the stride, [..., 4].
+
+IOU_EPS = 1e-6  # mmdetection's floor of the union under a quality target
+
+
+def decode_box(points: Tensor, distances: Tensor) -> Tensor:
+    """The box whose sides lie at distances (left, top, right, bottom) from a point."""
+    return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
+
+
+def overlap_and_union(box: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas. The union of a box turned inside out may be negative: callers take care of it."""
+    x1, y1, x2, y2 = box.unbind(-1)
+    u1, v1, u2, v2 = target.unbind(-1)
+    width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp(min=0)
+    height = (torch.minimum(y2, v2) - torch.maximum(y1, v1)).clamp(min=0)
+    overlap = width * height
+    return overlap, (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - overlap
+
+
+def box_iou(box: Tensor, target: Tensor) -> Tensor:
+    """Intersection over union, the quality of a positive."""
+    overlap, union = overlap_and_union(box, target)
+    return overlap / union.clamp(min=IOU_EPS)
+
+
+def box_loss(box: Tensor, target: Tensor, kind: str, eps: float) -> Tensor:
+    """mmdetection's IoULoss (-log IoU), GIoULoss, DIoULoss or CIoULoss of each box.
+
+    With C the smallest box around both, rho the distance of their centres, c the diagonal of C:
+    GIoU = IoU - (C - U) / C, DIoU = IoU - rho^2 / c^2, CIoU = DIoU - alpha v with
+    v = 4 / pi^2 (atan(target's w / h) - atan(w / h))^2 and a constant alpha = v / (1 - IoU + v).
+    "ciou" has alpha = 0 up to an IoU of 0.5, as the paper and mmdetection; "ciou_all" has not, as
+    the YOLO line. A perfect box has alpha v = 0, where mmdetection may find 0 / 0.
+    """
+    overlap, union = overlap_and_union(box, target)
+    if kind == "iou":
+        return -(overlap / union.clamp(min=eps)).clamp(min=eps).log()
+    x1, y1, x2, y2 = box.unbind(-1)
+    u1, v1, u2, v2 = target.unbind(-1)
+    width = (torch.maximum(x2, u2) - torch.minimum(x1, u1)).clamp(min=0)
+    height = (torch.maximum(y2, v2) - torch.minimum(y1, v1)).clamp(min=0)
+    if kind == "giou":
+        union, enclosure = union.clamp(min=eps), (width * height).clamp(min=eps)
+        return 1 - (overlap / union - (enclosure - union) / enclosure)
+    iou = overlap / (union + eps)
+    distance = ((u1 + u2 - x1 - x2) ** 2 + (v1 + v2 - y1 - y2) ** 2) / 4
+    diou = iou - distance / (width**2 + height**2 + eps)
+    if kind == "diou":
+        return 1 - diou
+    ratio = torch.atan((x2 - x1) / (y2 - y1 + eps))
+    v = 4 / math.pi**2 * (torch.atan((u2 - u1) / (v2 - v1 + eps)) - ratio) ** 2
+    with torch.no_grad():
+        unlike = v > 0 if kind == "ciou_all" else (v > 0) & (iou > 0.5)
+        alpha = torch.where(unlike, v / torch.where(unlike, 1 - iou + v, 1), 0)
+    ciou = diou - alpha * v
+    return 1 - (ciou if kind == "ciou_all" else ciou.clamp(-1, 1))
+
+
 # The public operations, same signatures as in functional.py
 
 
@@ -192,6 +254,98 @@ def integral(pred: Tensor, *, bins: Tensor | None = None, bin_dim: int = -1) -> 
     z = pred.movedim(bin_dim, -1).to(dtype)
     y = torch.arange(z.shape[-1], device=z.device, dtype=dtype) if bins is None else bins.to(dtype)
     return expectation(z, y)
+
+
+def head_loss(
+    cls: Sequence[Tensor],
+    box: Sequence[Tensor],
+    points: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    box_targets: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    label_weights: Sequence[Tensor],
+    strides: Sequence[float],
+    *,
+    iou: str,
+    iou_eps: float,
+    limit: float,
+    beta: float,
+    loss_weights: Sequence[float],
+    normalise: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What gfl_loss and task_aligned_loss compute: (losses [3, L], quality [B, A], boxes).
+
+    Arguments as those of the op gfl_kernels::head_forward: levels [B, ..., C] and [B, ..., 4 K],
+    A the anchors of all levels. Without targets, labels in [0, C) are positive, the weight of a
+    positive is its highest score, and QFL, divided by the number of positives, trains that class to
+    the IoU. With targets [B, ..., C], labels are a mask, the weight is the sum of an anchor's
+    targets, and everything is divided by the weights' sum. normalise: averages the two divisors
+    over the job. boxes: [B, A, 4], decoded, of positives; 0 elsewhere, as is quality.
+    """
+    dtype = accumulate_dtype(cls[0].dtype)
+    classes, bins = cls[0].shape[-1], box[0].shape[-1] // 4
+    sizes = [math.prod(level.shape[1:-1]) for level in cls]
+
+    def join(levels: Sequence[Tensor]) -> Tensor:
+        return torch.cat([level.flatten(1, -2) for level in levels], dim=1).to(dtype)
+
+    x, z = join(cls), join(box).unflatten(-1, (4, bins))
+    label = torch.cat(list(labels), dim=1)
+    stride = torch.cat(
+        [x.new_full((size, 1), s, dtype=dtype) for size, s in zip(sizes, strides, strict=True)]
+    )
+    point = torch.cat(list(points)).to(dtype) / stride
+    target = torch.cat(list(box_targets), dim=1).to(dtype) / stride
+    if targets:
+        q = join(targets)
+        positive, weight = label != 0, q.sum(-1)
+    else:
+        of_class = label.unsqueeze(-1) == torch.arange(classes, device=x.device)
+        positive, weight = of_class.any(-1), x.detach().amax(-1).sigmoid()
+
+    # What is not positive counts as a box of its own, so that nothing of it, NaN included, passes.
+    mask = positive.unsqueeze(-1)
+    z = torch.where(mask.unsqueeze(-1), z, 0)
+    distances = expectation(z, torch.arange(bins, device=z.device, dtype=dtype))
+    decoded = decode_box(point, distances)
+    target = torch.where(mask, target, decoded.detach())
+    sides = torch.cat([point - target[..., :2], target[..., 2:] - point], dim=-1).clamp(0, limit)
+    terms = torch.stack(
+        [
+            box_loss(decoded, target, iou, iou_eps),
+            distribution_loss(z, *split_target(sides, bins)).sum(-1),
+        ]
+    )
+    weight = torch.where(positive, weight, 0)
+    terms = torch.where(positive, terms * weight, 0)
+    quality = torch.where(positive, box_iou(decoded.detach(), target), 0)
+
+    if not targets:
+        q = torch.where(of_class, quality.unsqueeze(-1), 0)
+        divisors = torch.stack([positive.sum(1).clamp(min=1).sum().to(dtype), weight.sum()])
+        divisors = normalise(divisors)
+        divisors = divisors[0] + EPS, divisors[1].clamp(min=1)
+    else:
+        divisors = normalise(weight.sum().expand(2)).clamp(min=1)
+    if label_weights:
+        row_weight = torch.cat(list(label_weights), dim=1).to(dtype)
+        unread = row_weight == 0
+        x = torch.where(unread.unsqueeze(-1), 0.5, x)
+    rows = quality_loss(x, q, beta).sum(-1)
+    if label_weights:
+        rows = torch.where(unread, 0, rows * row_weight)
+
+    def levels(values: Tensor, factor: Tensor) -> Tensor:
+        return torch.stack([part.sum() for part in values.split(sizes, dim=1)]) * factor
+
+    losses = torch.stack(
+        [
+            levels(rows, loss_weights[0] / divisors[0]),
+            levels(terms[0], loss_weights[1] / divisors[1]),
+            levels(terms[1], loss_weights[2] / divisors[1]),
+        ]
+    )
+    return losses, quality, torch.where(mask, decoded.detach() * stride, 0)
 
 
 def _reduce(loss: Tensor, reduction: str, avg_factor: float | Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ pytest.importorskip("rich", reason="the benchmark prints with rich (extra: bench
 pytest.importorskip("matplotlib", reason="the benchmark draws with matplotlib (extra: bench)")
 pytest.importorskip("bench", reason="bench is found from the repository root: python -m pytest")
 
-from bench import cases, contestants, measure, report, run, session  # noqa: E402
+from bench import cases, contestants, head, measure, report, run, session  # noqa: E402
 from bench.cases import BACKWARD, FORWARD, PASSES, STEP, WORK, Case  # noqa: E402
 
 SMALL = {
@@ -237,3 +237,14 @@ def test_backward_pass_leaves_out_forward():
     statement()
     assert watch() - began < 0.02
     assert inputs.logits.grad is not None
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_heads_are_compared_before_they_are_timed(channels_last):
+    inputs = head.make_inputs(channels_last, size=(128, 160), positives=20)
+    table = head.contestants(inputs, compiled=False)
+    assert list(table) == ["eager", "gfl_kernels"]
+    head.check(inputs, table)
+    table["wrong"] = lambda *leaves: table["eager"](*leaves) * 1.001
+    with pytest.raises(measure.WrongResult, match="wrong: result 0 is off by"):
+        head.check(inputs, table)

@@ -289,6 +289,8 @@ def test_public_names():
         "quality_focal_loss",
         "distribution_focal_loss",
         "integral",
+        "gfl_loss",
+        "task_aligned_loss",
         "backends",
         "use_backend",
     ):

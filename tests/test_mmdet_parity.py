@@ -1,4 +1,4 @@
-"""mmdetection 3.3.0's own loss classes next to ours: values, gradients, reductions, weights,
+"""mmdetection 3.3.0's own losses and GFL head next to ours: values, gradients, reductions, weights,
 avg_factor, signatures.
 
 mmdetection needs no compiled operation for these losses, but looks every one of mmcv's up by name
@@ -54,6 +54,7 @@ def mmdet():
         QualityFocalLoss=gfocal_loss.QualityFocalLoss,
         DistributionFocalLoss=gfocal_loss.DistributionFocalLoss,
         Integral=gfl_head.Integral,
+        GFLHead=gfl_head.GFLHead,
     )
 
 
@@ -301,3 +302,147 @@ def test_half_logits_outside_autocast(backend, mmdet):
     got = gfl_kernels.QualityFocalLoss()(pred, target)
     expected = mmdet.QualityFocalLoss()(pred.float(), target)
     assert_no_worse(got, expected, expected, what="bfloat16 logits")
+
+
+# ---- the whole head
+
+STRIDES = (8, 16, 32, 64)
+LOSS_BOX = {"iou": "IoULoss", "giou": "GIoULoss", "diou": "DIoULoss", "ciou": "CIoULoss"}
+
+
+class HeadScene:
+    """A GFLHead with its ATSS assigner, on random logits and boxes."""
+
+    def __init__(self, mmdet, objects, *, classes=7, iou="giou", reg_max=16, size=(128, 200),
+                 dtype=torch.float32, box_dtype=None, seed=0):  # fmt: skip
+        from mmengine.structures import InstanceData
+
+        self.head = mmdet.GFLHead(
+            num_classes=classes,
+            in_channels=4,
+            stacked_convs=1,
+            feat_channels=4,
+            norm_cfg=None,
+            reg_max=reg_max,
+            anchor_generator={
+                "type": "AnchorGenerator",
+                "ratios": [1.0],
+                "octave_base_scale": 8,
+                "scales_per_octave": 1,
+                "strides": list(STRIDES),
+            },
+            loss_cls={"type": "QualityFocalLoss", "use_sigmoid": True, "loss_weight": 1.0},
+            loss_dfl={"type": "DistributionFocalLoss", "loss_weight": 0.25},
+            loss_bbox={"type": LOSS_BOX[iou], "loss_weight": 2.0},
+            train_cfg={
+                "assigner": {"type": "ATSSAssigner", "topk": 9},
+                "allowed_border": -1,
+                "pos_weight": -1,
+            },
+        )
+        self.options = {"strides": STRIDES, "reg_max": reg_max, "iou": iou}
+        random = torch.Generator().manual_seed(seed)
+        batch, (height, width) = len(objects), size
+        cells = [(-(-height // s), -(-width // s)) for s in STRIDES]
+        self.leaves = [
+            logits(batch, channels, *cell, dtype=kind, seed=seed + i, extremes=False, spread=2.0)
+            for channels, kind in ((classes, dtype), (4 * (reg_max + 1), box_dtype or dtype))
+            for i, cell in enumerate(cells)
+        ]
+        self.objects = []
+        for count in objects:
+            centre = torch.rand(count, 2, generator=random) * torch.tensor([width, height])
+            half = torch.rand(count, 2, generator=random) * 60 + 4
+            self.objects.append(
+                InstanceData(
+                    bboxes=torch.cat([centre - half, centre + half], dim=1),
+                    labels=torch.randint(classes, (count,), generator=random),
+                )
+            )
+        self.metas = [{"img_shape": (*size, 3), "pad_shape": (*size, 3)}] * batch
+        anchors, flags = self.head.get_anchors(cells, self.metas, device="cpu")
+        self.targets = self.head.get_targets(anchors, flags, self.objects, self.metas)
+        self.head.get_targets = lambda *args, **kwargs: tuple(
+            [self.match(t) for t in part] if isinstance(part, list) else part
+            for part in self.targets
+        )
+        self.match = lambda t: t
+
+    def theirs(self, leaves):
+        """mmdetection takes its targets in the dtype of the logits only."""
+        dtype = leaves[-1].dtype
+        self.match = lambda t: t.to(dtype) if t.is_floating_point() else t
+        count = len(STRIDES)
+        losses = self.head.loss_by_feat(leaves[:count], leaves[count:], self.objects, self.metas)
+        return [torch.stack(losses[key]) for key in ("loss_cls", "loss_bbox", "loss_dfl")]
+
+    def ours(self, leaves):
+        anchors, labels, label_weights, box_targets, _, _ = self.targets
+        points = [self.head.anchor_center(level[0]) for level in anchors]
+        count = len(STRIDES)
+        out = gfl_kernels.gfl_loss(leaves[:count], leaves[count:], points, labels, box_targets,
+                                   label_weights=label_weights, **self.options)  # fmt: skip
+        for total, levels in zip(out[:3], out[3:6], strict=True):
+            torch.testing.assert_close(total, levels.sum(), rtol=1e-6, atol=1e-9)
+        return list(out[3:6])
+
+    def compare(self):
+        results = []
+        for function, number in (
+            (self.theirs, lambda x: x),
+            (self.ours, lambda x: x),
+            (self.theirs, to_double),
+        ):
+            leaves = [number(t).detach().requires_grad_() for t in self.leaves]
+            losses = function(leaves)
+            upstream = [random_upstream(loss, i) for i, loss in enumerate(losses)]
+            grads = torch.autograd.grad(losses, leaves, upstream)
+            results.append((*(loss.detach() for loss in losses), *grads))
+        for i, (eager, got, truth) in enumerate(zip(*results, strict=True)):
+            if i < 3:
+                torch.testing.assert_close(got.double(), truth.double(), rtol=1e-5, atol=1e-7)
+            assert_no_worse(got, truth, eager, what=f"result {i}")
+
+
+@pytest.fixture
+def head_backend(backend):
+    if backend.name not in ("reference", "cpu"):
+        pytest.skip(f"{backend.name} has no kernels for a whole head")
+    return backend
+
+
+@pytest.mark.parametrize("iou", LOSS_BOX)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_head(head_backend, mmdet, iou, dtype):
+    for seed in range(2):
+        HeadScene(mmdet, (3, 5), iou=iou, dtype=dtype, seed=seed).compare()
+
+
+@pytest.mark.parametrize("objects", [(4, 0), (0, 0), (1,), (0,)], ids=str)
+def test_head_with_empty_images(head_backend, mmdet, objects):
+    """An image without objects counts as one positive in the divisor."""
+    HeadScene(mmdet, objects).compare()
+
+
+@pytest.mark.parametrize("classes, reg_max", [(1, 16), (80, 7)])
+def test_head_sizes(head_backend, mmdet, classes, reg_max):
+    HeadScene(mmdet, (6, 2), classes=classes, reg_max=reg_max, size=(70, 90)).compare()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_head_with_half_logits(head_backend, mmdet, dtype):
+    """What autocast leaves: half class logits, box logits made float32 by the head. Upstream then
+    takes scores of positives in half precision, and QFL outside autocast not at all: it is given
+    the same logits in float32.
+    """
+    scene = HeadScene(mmdet, (3, 5), dtype=dtype, box_dtype=torch.float32)
+    leaves = [t.detach().requires_grad_() for t in scene.leaves]
+    got = scene.ours(leaves)
+    grads = torch.autograd.grad(sum(loss.sum() for loss in got), leaves)
+    wide = [t.float().detach().requires_grad_() for t in scene.leaves]
+    expected = scene.theirs(wide)
+    expected_grads = torch.autograd.grad(sum(loss.sum() for loss in expected), wide)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    for a, b in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=torch.finfo(a.dtype).eps, atol=1e-6)

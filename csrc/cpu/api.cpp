@@ -1,5 +1,8 @@
 // The C functions of gfl_kernels.h: checks what memory safety needs, merges dimensions, cuts the
-// rows into blocks and runs them on libtorch's threads. ops.cpp goes through here too.
+// rows into blocks and runs them on libtorch's threads. ops.cpp goes through here too; the losses
+// of a whole head are in head_api.cpp.
+#include "api.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -11,7 +14,6 @@
 
 #include "../error.h"
 #include "gfl_kernels/gfl_kernels.h"
-#include "kernels.h"
 
 namespace gfl {
 
@@ -23,8 +25,6 @@ void set_error(std::string message) { last_error = std::move(message); }
 
 namespace {
 
-constexpr double kEps =
-    1.1920928955078125e-07;  // eps(float32), which mmdetection adds to avg_factor
 // Elements of a block; a block's sum does not depend on the number of threads, nor does the order
 // of the blocks.
 constexpr int64_t kBlock = 16 * kTile;
@@ -71,18 +71,6 @@ double scale_of(double scale, const gfl_view* avg_factor) {
       return divide(*static_cast<const bool*>(p));
   }
   fail("avg_factor has an unknown dtype");
-}
-
-// Memory of this thread for the kernels' tiles, aligned to 64. Kept: a hundred kilobytes taken from
-// and given back to malloc at every call can cost more than a small call itself.
-void* thread_scratch(int64_t bytes) {
-  thread_local std::unique_ptr<char[]> memory;
-  thread_local int64_t size = 0;
-  if (size < bytes + 64) {
-    memory.reset(new char[bytes + 64]);
-    size = bytes + 64;
-  }
-  return memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
 }
 
 // Runs kernel over all rows, block by block, and adds the blocks' sums in their order.
@@ -139,13 +127,30 @@ void write_scalar(const gfl_view* view, double value) {
   }
 }
 
+}  // namespace
+
+void* thread_scratch(int64_t bytes) {
+  thread_local std::unique_ptr<char[]> memory;
+  thread_local int64_t size = 0;
+  if (size < bytes + 64) {
+    memory.reset(new char[bytes + 64]);
+    size = bytes + 64;
+  }
+  return memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
+}
+
 const KernelTable& table() {
   const KernelTable* const kernels_ = kernels();
   if (!kernels_) fail(last_error);
   return *kernels_;
 }
 
-}  // namespace
+double run_quality(const QualityProblem& q) {
+  using Q = QualityProblem;
+  return run_blocks(table().quality, q, q.classes, &Q::pred, &Q::target, &Q::score, &Q::weight,
+                    &Q::grad_loss, &Q::loss, &Q::grad);
+}
+
 }  // namespace gfl
 
 extern "C" int gfl_quality_cpu(const gfl_quality_args* args) {
@@ -153,9 +158,7 @@ extern "C" int gfl_quality_cpu(const gfl_quality_args* args) {
   return guarded([&] {
     QualityProblem q = describe("gfl_quality_cpu", *args);
     q.scale = scale_of(args->scale, args->avg_factor);
-    using Q = QualityProblem;
-    const double sum = run_blocks(table().quality, q, q.classes, &Q::pred, &Q::target, &Q::score,
-                                  &Q::weight, &Q::grad_loss, &Q::loss, &Q::grad);
+    const double sum = run_quality(q);
     if (args->loss && args->loss->ndim == 0) write_scalar(args->loss, sum * q.scale);
   });
 }

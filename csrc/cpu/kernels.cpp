@@ -13,100 +13,15 @@
 
 // clang-format off: math.h is written in the primitives that simd.h declares
 #include "kernels.h"
-#include "simd.h"
+#include "rows.h"
 #include "../math.h"
 // clang-format on
 
-#define GFL_CONCAT_(a, b) a##b
-#define GFL_CONCAT(a, b) GFL_CONCAT_(a, b)
 #define GFL_STRING_(a) #a
 #define GFL_STRING(a) GFL_STRING_(a)
 
 namespace gfl {
 namespace {
-
-template <typename S>
-struct AccumulatorOf {
-  using type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using type = double;
-};
-template <typename S>
-using Accumulator = typename AccumulatorOf<S>::type;
-
-template <typename A>
-constexpr gfl_dtype kDtype = sizeof(A) == 8 ? GFL_FLOAT64 : GFL_FLOAT32;
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Single values and strided runs of any dtype
-
-float to_number(bfloat16 v) { return widen(U16{} + v.bits, bfloat16{})[0]; }
-float to_number(float16 v) { return widen(U16{} + v.bits, float16{})[0]; }
-template <typename S>
-S to_number(S v) {
-  return v;
-}
-template <typename To, typename From>
-void convert_run(const From* from, int64_t stride, int64_t n, To* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(to_number(from[i * stride]));
-}
-
-// n values of an operand, from element offset on, stride apart.
-template <typename To>
-void load_run(const Operand& o, int64_t offset, int64_t stride, int64_t n, To* to) {
-  switch (o.dtype) {
-#define GFL_CASE(code, type) \
-  case code:                 \
-    return convert_run(reinterpret_cast<const type*>(o.data) + offset, stride, n, to)
-    GFL_CASE(GFL_FLOAT32, float);
-    GFL_CASE(GFL_FLOAT64, double);
-    GFL_CASE(GFL_BFLOAT16, bfloat16);
-    GFL_CASE(GFL_FLOAT16, float16);
-    GFL_CASE(GFL_INT64, int64_t);
-    GFL_CASE(GFL_INT32, int32_t);
-    GFL_CASE(GFL_INT16, int16_t);
-    GFL_CASE(GFL_INT8, int8_t);
-    GFL_CASE(GFL_UINT8, uint8_t);
-    GFL_CASE(GFL_BOOL, bool);
-#undef GFL_CASE
-  }
-}
-
-// The classes of n rows; -1 for whatever is no class in [0, classes): -1, 255, NaN, 1.5.
-void load_labels(const Operand& o, int64_t offset, int64_t stride, int64_t n, int64_t classes,
-                 int64_t* to) {
-  if (o.dtype == GFL_FLOAT32 || o.dtype == GFL_FLOAT64 || o.dtype == GFL_BFLOAT16 ||
-      o.dtype == GFL_FLOAT16) {
-    for (int64_t i = 0; i < n; ++i) {
-      double value;
-      load_run(o, offset + i * stride, 1, 1, &value);
-      const bool inside = value >= 0 && value < static_cast<double>(classes);
-      const int64_t label = inside ? static_cast<int64_t>(value) : -1;
-      to[i] = static_cast<double>(label) == value ? label : -1;
-    }
-    return;
-  }
-  load_run(o, offset, stride, n, to);
-  for (int64_t i = 0; i < n; ++i) to[i] = to[i] >= 0 && to[i] < classes ? to[i] : -1;
-}
-
-// Cuts arrays out of the scratch memory.
-class Scratch {
- public:
-  explicit Scratch(void* memory) : next_(static_cast<char*>(memory)) {}
-  template <typename T>
-  T* take(int64_t n) {
-    T* const array = reinterpret_cast<T*>(next_);
-    next_ += (n * static_cast<int64_t>(sizeof(T)) + 127) / 64 * 64;
-    return array;
-  }
-
- private:
-  char* next_;
-};
 
 // Quality family
 
@@ -923,7 +838,7 @@ double distribution(const DistributionProblem& problem, int64_t begin, int64_t c
 #define GFL_TABLE_baseline kBaseline
 #define GFL_TABLE_avx2 kAvx2
 #define GFL_TABLE_avx512 kAvx512
-extern const KernelTable GFL_CONCAT(GFL_TABLE_, GFL_ISA) = {GFL_STRING(GFL_ISA), &quality,
-                                                            &distribution};
+extern const KernelTable GFL_CONCAT(GFL_TABLE_, GFL_ISA) = {
+    GFL_STRING(GFL_ISA), &quality, &distribution, &GFL_CONCAT(head_, GFL_ISA)};
 
 }  // namespace gfl

@@ -15,7 +15,21 @@ struct KernelTable {
   const char* name;
   double (*quality)(const QualityProblem&, int64_t begin, int64_t count, void* scratch);
   double (*distribution)(const DistributionProblem&, int64_t begin, int64_t count, void* scratch);
+  // Cells [begin, begin + count) of an image, count at most kHeadCells.
+  HeadSums (*head)(const HeadProblem&, int64_t image, int64_t begin, int64_t count, void* scratch);
 };
+
+// One function per instruction set, in head.cpp.
+HeadSums head_baseline(const HeadProblem&, int64_t, int64_t, int64_t, void*);
+HeadSums head_avx2(const HeadProblem&, int64_t, int64_t, int64_t, void*);
+HeadSums head_avx512(const HeadProblem&, int64_t, int64_t, int64_t, void*);
+
+constexpr int64_t kHeadCells = 1024;
+// Labels and positives of the cells, logits of a positive, four sides of bins with a positive per
+// lane.
+constexpr int64_t head_scratch_bytes(int64_t classes, int64_t bins) {
+  return 2 * kHeadCells * 8 + (classes + 4 * bins) * 8 + 4 * bins * 64 + 1024;
+}
 
 // Elements a tile holds at most, unless a single row is longer. Small enough for L1 with its
 // targets and weights.

@@ -1,5 +1,5 @@
 // Vectors of one instruction set, on GCC's and Clang's vector extension: the same source is SSE2,
-// AVX2, AVX-512 or NEON, depending on the flags it is compiled with. Included by kernels.cpp alone;
+// AVX2, AVX-512 or NEON, depending on the flags it is compiled with. Included by the kernels alone;
 // everything has internal linkage.
 #pragma once
 

@@ -148,6 +148,68 @@ void integral() {
   }
 }
 
+// Two anchors of equal logits, one positive whose box is the target: IoU 1, GIoU loss 0, log K a
+// side; every class at |s - q| = 1 / 2 and log 2.
+void head() {
+  constexpr int A = 2, C = 3, K = 16;
+  float cls[A][C] = {}, box[A][4 * K] = {}, point[A][2] = {{20, 20}, {28, 20}};
+  int64_t label[A] = {1, C};
+  float target[A][4] = {{5, 5, 35, 35}, {}};  // 7.5 strides of 2 about the point
+  const double stride = 2;
+  float quality[A], weight[A], sums[2], normalisers[2], losses[6], cls_grad[A][C],
+      box_grad[A][4 * K], boxes[A][4];
+  View x(cls, GFL_FLOAT32, {1, A, C}), z(box, GFL_FLOAT32, {1, A, 4 * K}),
+      p(point, GFL_FLOAT32, {A, 2}), l(label, GFL_INT64, {1, A}), t(target, GFL_FLOAT32, {1, A, 4}),
+      q(quality, GFL_FLOAT32, {1, A}), w(weight, GFL_FLOAT32, {1, A}), s(sums, GFL_FLOAT32, {1, 2}),
+      n(normalisers, GFL_FLOAT32, {2}), b(boxes, GFL_FLOAT32, {1, A, 4}),
+      gx(cls_grad, GFL_FLOAT32, {1, A, C}), gz(box_grad, GFL_FLOAT32, {1, A, 4 * K});
+  gfl_head_args args = {};
+  args.levels = 1;
+  args.cls = x.get();
+  args.box = z.get();
+  args.points = p.get();
+  args.labels = l.get();
+  args.box_targets = t.get();
+  args.strides = &stride;
+  args.iou = GFL_GIOU;
+  args.iou_eps = 1e-6;
+  args.limit = K - 1.1;
+  args.quality = q.get();
+  args.weight = w.get();
+  args.sums = s.get();
+  args.normalisers = n.get();
+  args.boxes = b.get();
+  require_ok(gfl_head_boxes_cpu(&args));
+  expect("head quality", quality[0], 1);
+  expect("head quality of background", quality[1], 0);
+  expect("head weight", weight[0], 0.5);
+  expect("head positives", normalisers[0], 1);
+  for (int side = 0; side < 4; ++side) expect("head box", boxes[0][side], target[0][side]);
+
+  args.beta = 2;
+  args.loss_weights[0] = 1;
+  args.loss_weights[1] = 2;
+  args.loss_weights[2] = 0.25;
+  std::vector<View*> outputs;
+  for (int i = 0; i < 6; ++i) {
+    outputs.push_back(i < 3 ? new View(losses + i, GFL_FLOAT32, {})
+                            : new View(losses + i, GFL_FLOAT32, {1}));
+    args.losses[i] = outputs.back()->get();
+  }
+  args.grad_cls = gx.get();
+  args.grad_box = gz.get();
+  require_ok(gfl_head_cpu(&args));
+  for (const View* view : outputs) delete view;
+  for (int level = 0; level < 6; level += 3) {
+    expect("head loss_cls", losses[level], A * C * 0.25 * std::log(2.0));
+    expect("head loss_bbox", losses[level + 1], 0);
+    expect("head loss_dfl", losses[level + 2], 0.25 * 0.5 * 4 * std::log(double(K)));
+  }
+  expect("head gradient of a class", cls_grad[0][1], -0.125 - 0.25 * std::log(2.0));
+  expect("head gradient of a bin", box_grad[0][0], 0.25 * 0.5 / K);
+  for (const float value : box_grad[1]) expect("head gradient of background", value, 0);
+}
+
 // What does not fit together is refused with a reason, and nothing is written.
 void refusal() {
   float x[2][3] = {}, loss[2] = {-1, -1};
@@ -180,6 +242,7 @@ int main() {
   quality();
   distribution();
   integral();
+  head();
   refusal();
   std::printf("gfl_kernels %s on %s: worst error %.2g\n", gfl_version(), isa, worst_error);
   return 0;

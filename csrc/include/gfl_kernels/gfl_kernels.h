@@ -108,6 +108,46 @@ typedef struct {
 GFL_API int gfl_integral_cpu(const gfl_integral_args* args);
 GFL_API int gfl_integral_cuda(const gfl_integral_args* args, void* stream);
 
+/* The losses of a detection head over the levels of a pyramid. A list is an array of `levels`
+ * views; a level has n cells in one dimension or in two, and A is the sum of all n. Without targets
+ * a label in [0, C) is positive, the weight of a positive is its highest score, and Quality Focal
+ * Loss trains that class to the quality; with targets, labels are a mask, the weight is the sum of
+ * the anchor's targets, and the targets are what all classes are trained to. */
+typedef enum { GFL_IOU, GFL_GIOU, GFL_DIOU, GFL_CIOU, GFL_CIOU_ALL } gfl_iou;
+
+typedef struct {
+  int32_t levels;
+  const gfl_view* cls;           /* [B, ..., C] logits */
+  const gfl_view* box;           /* [B, ..., 4 K] logits */
+  const gfl_view* points;        /* [n, 2] pixels */
+  const gfl_view* labels;        /* [B, n] */
+  const gfl_view* box_targets;   /* [B, n, 4] x1 y1 x2 y2, pixels */
+  const gfl_view* targets;       /* [B, ..., C], optional */
+  const gfl_view* label_weights; /* [B, n], optional */
+  const double* strides;         /* of the levels, in pixels */
+  gfl_iou iou;                   /* the box loss: -log IoU, GIoU, DIoU, CIoU, CIoU at every IoU */
+  double iou_eps;
+  double limit; /* the largest target of the DFL, in bins */
+  /* These are float64 if cls and box are, else float32, without gaps. gfl_head_boxes_cpu writes
+   * them, gfl_head_cpu reads them; boxes only if it is there. */
+  const gfl_view* quality;     /* [B, A] IoU of positives, 0 elsewhere */
+  const gfl_view* weight;      /* [B, A] of positives, 0 elsewhere */
+  const gfl_view* sums;        /* [levels, 2] weighted box loss and DFL */
+  const gfl_view* normalisers; /* [2] divisors: the sum over images of max(positives, 1), with
+                                  targets that of the weights; the sum of the weights */
+  const gfl_view* boxes;       /* [B, A, 4] pixels, of positives, 0 elsewhere; optional */
+  /* For gfl_head_cpu: three losses and three arrays [levels], of classes, box and DFL. */
+  double beta;
+  double loss_weights[3];
+  const gfl_view* losses[6];      /* all or none */
+  const gfl_view* grad_losses[6]; /* upstream gradients, optional; with losses they are 1, 1, 1 */
+  const gfl_view* grad_cls;       /* arrays of views, optional, both or none */
+  const gfl_view* grad_box;
+} gfl_head_args;
+
+GFL_API int gfl_head_boxes_cpu(const gfl_head_args* args);
+GFL_API int gfl_head_cpu(const gfl_head_args* args);
+
 GFL_API const char* gfl_last_error(void);
 
 /* "0.1.0" */
