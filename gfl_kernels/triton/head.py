@@ -93,17 +93,14 @@ def integer_of(codes, level, FIELD: tl.constexpr, FIELDS: tl.constexpr):
 
 @triton.jit
 def matrix_of(pointers, strides, level):
-    """(pointer or None, outer, middle, row and column stride), as quality_rows takes it."""
-    if pointers is None:
-        return None, 0, 0, 0, 0
-    else:
-        return (
-            of_level(pointers, level),
-            integer_of(strides, level, 0, 4),
-            integer_of(strides, level, 1, 4),
-            integer_of(strides, level, 2, 4),
-            integer_of(strides, level, 3, 4),
-        )
+    """(pointer, outer, middle, row and column stride), as quality_rows takes it."""
+    return (
+        of_level(pointers, level),
+        integer_of(strides, level, 0, 4),
+        integer_of(strides, level, 1, 4),
+        integer_of(strides, level, 2, 4),
+        integer_of(strides, level, 3, 4),
+    )
 
 
 @triton.jit
@@ -433,9 +430,10 @@ def head_boxes_kernel(
         to_cell = tl.min(cell - row, axis=0)
         stride = stride_of(pixels, level, ACC)
         logits = matrix_of(box, box_strides, level)
-        scores = matrix_of(cls, cls_strides, level)
         if DENSE:
             scores = matrix_of(targets, target_strides, level)
+        else:
+            scores = matrix_of(cls, cls_strides, level)
         for first in range(0, count, GROUP):
             n = first + tl.arange(0, GROUP)
             row_n = start + place_of(rank, n)
@@ -740,10 +738,15 @@ def head_cls_kernel(
                         value_of_cell(labels, label_strides, level, outer, cell, inside), C
                     )
                     score = tl.load(quality + outer * anchors + anchor, mask=read, other=0.0)
+                to, goals = (None, 0, 0, 0, 0), (None, 0, 0, 0, 0)
+                if grad is not None:
+                    to = matrix_of(grad, grad_strides, level)
+                if DENSE:
+                    goals = matrix_of(targets, target_strides, level)
                 row_loss = quality_rows(
                     matrix_of(cls, cls_strides, level),
-                    matrix_of(grad, grad_strides, level),
-                    matrix_of(targets, target_strides, level),
+                    to,
+                    goals,
                     (None, 0, 0, 0, 0),
                     label,
                     score,
