@@ -104,6 +104,8 @@ def _ld(env, inst) -> Step:
         return _load_param(env, regs, typ, at + mem.offset)
     puts, space = [dest_lanes(env, r, typ) for r in regs], _space(env, inst, mem)
     addr, index = _lane_address(env, mem), env.index
+    if space == "const" and space_of(inst) == "param":
+        addr = _in_parameters(addr)
 
     def step(b, m):
         lanes = b.lanes(m)
@@ -115,6 +117,17 @@ def _ld(env, inst) -> Step:
                 put(b, lanes, np.ascontiguousarray(data[:, j]))
 
     return step
+
+
+def _in_parameters(addr):
+    """Addresses of kernel parameters out of registers, which may hold only their lower 32 bits."""
+    low = np.uint64(0xFFFFFFFF)
+
+    def fn(b, lanes):
+        start = np.uint64(b.param_address)
+        return start + ((addr(b, lanes).astype(np.uint64) - start) & low)
+
+    return fn
 
 
 def _load_param(env, regs: tuple, typ: Type, start: int) -> Step:
