@@ -187,7 +187,7 @@ class SimulatedCuda:
             mock.patch.object(
                 dispatch,
                 "_obstacle",
-                lambda name, *args: obstacle("cpu" if name == "cuda" else name, *args),
+                lambda op, name, *args: obstacle(op, "cpu" if name == "cuda" else name, *args),
             ),
             mock.patch.object(
                 dispatch,

@@ -748,7 +748,7 @@ def test_bit_identical_across_thread_counts(fused, name, threads):
     pred = logits(rows, 17, device=fused.device)
     threads(1)
     expected, expected_grad = value_and_grad(function, pred)
-    for count in (2, 3, 5, 8):
+    for count in (2,) if INTERPRETED else (2, 3, 5, 8):  # torch's threads do not interpret
         threads(count)
         value, grad = value_and_grad(function, pred)
         assert torch.equal(value, expected) and torch.equal(grad, expected_grad), f"{count} threads"
