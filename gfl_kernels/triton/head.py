@@ -28,9 +28,9 @@ from .launch import (
     fast,
     fp64,
     i64,
+    in_matrix,
     is_last,
     layout,
-    matrix_offsets,
     on_device,
     sum_partials,
     sum_workspace,
@@ -107,13 +107,6 @@ def matrix_of(pointers, strides, level):
 def stride_of(pixels, level, ACC: tl.constexpr):
     """The stride of a level in pixels, which comes in two parts."""
     return of_level(pixels, level, 0, 2).to(ACC) + of_level(pixels, level, 1, 2).to(ACC)
-
-
-@triton.jit
-def in_matrix(matrix, outer, middle, row, column, CONTIGUOUS: tl.constexpr, UNIT):
-    """Pointers to elements, of rows x columns as they broadcast."""
-    start = outer * matrix[1] + middle * matrix[2]
-    return matrix[0] + matrix_offsets(start, row, column, matrix[3], matrix[4], CONTIGUOUS, UNIT)
 
 
 @triton.jit

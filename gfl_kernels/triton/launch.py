@@ -192,6 +192,15 @@ def matrix_offsets(
 
 
 @triton.jit
+def in_matrix(matrix, outer, middle, rows, columns, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr):
+    """Pointers to elements, of rows x columns as they broadcast. matrix: (pointer, outer, middle,
+    row and column stride).
+    """
+    start = outer * matrix[1] + middle * matrix[2]
+    return matrix[0] + matrix_offsets(start, rows, columns, matrix[3], matrix[4], CONTIGUOUS, UNIT)
+
+
+@triton.jit
 def columns_ahead(count, column_stride, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr):
     """How many elements lie between a column and the one `count` further on."""
     return count if CONTIGUOUS == 1 else count * UNIT * column_stride
@@ -208,8 +217,8 @@ def tile_rows(
     RUNS: tl.constexpr,
     CLAMPED: tl.constexpr,
 ):
-    """(outer, middle, row, inside) of the rows of a tile, COUNT groups of TOGETHER
-    neighbours: the first row of each group, and whether all of it is there. In int64.
+    """(outer, middle, row, inside) of the rows of a tile, COUNT groups of TOGETHER neighbours: the
+    first row of each group, and whether all of it is there. In int64.
 
     RUNS: SINGLE, LONG (tiles stay in a run of the innermost dimension: outer and middle are
     scalars) or SHORT (every row has its own). CLAMPED: rows past the end repeat the last one.

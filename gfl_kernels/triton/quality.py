@@ -27,10 +27,10 @@ from .launch import (
     fp64,
     i32,
     i64,
+    in_matrix,
     lay_out,
     layout,
     load_elements,
-    matrix_offsets,
     on_device,
     outputs,
     packed,
@@ -134,10 +134,7 @@ def quality_rows(
     if LABEL_APART:
         # The label's own element; all others are background.
         has_label = read & (label >= 0)
-        start = outer * pred[1] + middle * pred[2]
-        label_at = pred[0] + matrix_offsets(
-            start, row, label, pred[3], pred[4], PRED_CONTIGUOUS, PRED_UNIT
-        )
+        label_at = in_matrix(pred, outer, middle, row, label, PRED_CONTIGUOUS, PRED_UNIT)
         x_label = tl.load(label_at, mask=has_label, other=0).to(ACC)
         label_loss, label_grad = element_loss_grad(
             x_label, quality, beta, False, PROBABILITIES, SQUARE, FAST, HALF
@@ -145,10 +142,7 @@ def quality_rows(
         label_loss = tl.where(has_label, label_loss, 0.0)
         label_grad = tl.where(has_label, label_grad, 0.0)
         if WEIGHT == 3:
-            start = outer * weight[1] + middle * weight[2]
-            label_at = weight[0] + matrix_offsets(
-                start, row, label, weight[3], weight[4], WEIGHT_CONTIGUOUS, WEIGHT_UNIT
-            )
+            label_at = in_matrix(weight, outer, middle, row, label, WEIGHT_CONTIGUOUS, WEIGHT_UNIT)
             w_label = tl.load(label_at, mask=has_label, other=0).to(ACC)
             label_loss = tl.where(w_label == 0.0, 0.0, label_loss * w_label)
 
@@ -159,45 +153,17 @@ def quality_rows(
     if label is not None:
         # Classes from a lane's own to the label: steps compare it with a constant.
         ahead = label[:, None] - first_columns
-    pred_at = pred[0] + matrix_offsets(
-        outer_ * pred[1] + middle_ * pred[2],
-        at,
-        first_columns,
-        pred[3],
-        pred[4],
-        PRED_CONTIGUOUS,
-        PRED_UNIT,
-    )
+    pred_at = in_matrix(pred, outer_, middle_, at, first_columns, PRED_CONTIGUOUS, PRED_UNIT)
     if label is None:
-        target_at = target[0] + matrix_offsets(
-            outer_ * target[1] + middle_ * target[2],
-            at,
-            first_columns,
-            target[3],
-            target[4],
-            TARGET_CONTIGUOUS,
-            TARGET_UNIT,
+        target_at = in_matrix(
+            target, outer_, middle_, at, first_columns, TARGET_CONTIGUOUS, TARGET_UNIT
         )
     if WEIGHT == 3:
-        weight_at = weight[0] + matrix_offsets(
-            outer_ * weight[1] + middle_ * weight[2],
-            at,
-            first_columns,
-            weight[3],
-            weight[4],
-            WEIGHT_CONTIGUOUS,
-            WEIGHT_UNIT,
+        weight_at = in_matrix(
+            weight, outer_, middle_, at, first_columns, WEIGHT_CONTIGUOUS, WEIGHT_UNIT
         )
     if grad[0] is not None:
-        grad_at = grad[0] + matrix_offsets(
-            outer_ * grad[1] + middle_ * grad[2],
-            at,
-            first_columns,
-            grad[3],
-            grad[4],
-            GRAD_CONTIGUOUS,
-            GRAD_UNIT,
-        )
+        grad_at = in_matrix(grad, outer_, middle_, at, first_columns, GRAD_CONTIGUOUS, GRAD_UNIT)
     total = tl.zeros((TILE_ROWS, STEP), ACC)
     for first_class in tl.range(0, C, STEP, loop_unroll_factor=UNROLL):
         c = first_class + first_columns
