@@ -190,11 +190,12 @@ def kernel(name: str, pred: Tensor):
         obstacle = _obstacle(name, backend, pred)
     if obstacle is not None:
         raise RuntimeError(f"gfl_kernels::{name} has no kernel to run: {obstacle}")
-    return _implementation(backend, name)
+    return implementation(backend, name)
 
 
 @cache
-def _implementation(backend: str, name: str):
+def implementation(backend: str, name: str):
+    """Op ``name`` of a fused backend that `choose` has found able to run it."""
     if backend != "triton":
         return getattr(torch.ops.gfl_native, name).default
     launch = getattr(import_module(".triton", __package__), name)

@@ -131,14 +131,15 @@ def integral(pred: Tensor, *, bins: Tensor | None = None, bin_dim: int = -1) -> 
             raise _wrong_shape(
                 name, "bins", "(K,)", pred.shape[bin_dim : bin_dim + 1 or None], bins
             )
-    if dispatch.choose(name, pred, bins) == "reference":
+    backend = dispatch.choose(name, pred, bins)
+    if backend == "reference":
         return reference.integral(pred, bins=bins, bin_dim=bin_dim)
     pred = _last(pred, bin_dim)
     if bins is not None:
         bins = bins.to(reference.accumulate_dtype(pred.dtype))
     if torch.compiler.is_compiling():
         return torch.ops.gfl_kernels.integral_forward(pred, bins)
-    return ops.apply_distribution_integral(pred, bins)
+    return ops.apply_distribution_integral(backend, pred, bins)
 
 
 def _quality_focal_loss(
@@ -307,7 +308,7 @@ def _run(
     if compiling:
         loss = op(*tensors, avg_factor, *constants, scale, code, write_grad)[0]
     else:
-        loss = apply(*tensors, avg_factor, *constants, scale, code, write_grad)
+        loss = apply(backend, *tensors, avg_factor, *constants, scale, code, write_grad)
     return loss if avg_factor is None or avg_factor.dim() == 0 else loss.view(1)
 
 

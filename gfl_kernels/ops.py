@@ -175,8 +175,10 @@ def _save(ctx, tensors: int, inputs, grad: Tensor) -> None:
     ctx.constants = inputs[tensors:-1]
 
 
-def _gradient(ctx, grad_loss: Tensor, name: str, eager: bool) -> Tensor:
-    """pred's gradient, out of what _save kept. name: the backward op."""
+def _gradient(ctx, grad_loss: Tensor, name: str, backend: str | None) -> Tensor:
+    """pred's gradient, out of what _save kept. name: the backward op; backend: the one that ran
+    forward eagerly, None within the dispatcher.
+    """
     *tensors, grad = ctx.saved_tensors
     if torch.is_grad_enabled():
         # create_graph=True: through the op, whose own derivative is refused by name
@@ -187,60 +189,69 @@ def _gradient(ctx, grad_loss: Tensor, name: str, eager: bool) -> Tensor:
         # (unless the tensor is a fake one): 1 is what loss.backward() sends, and then the saved
         # tensor goes out as it is. It is out of autograd's hands there, so a graph that is kept for
         # another backward gives a copy.
-        if eager and type(grad_loss) is Tensor and grad_loss.item() == 1:
+        if backend and type(grad_loss) is Tensor and grad_loss.item() == 1:
             return grad.clone() if torch._C._autograd._get_current_graph_task_keep_graph() else grad
         # Scaling would round a bfloat16 gradient a second time: that one is computed again.
         if grad.dtype is not torch.bfloat16:
             return grad * grad_loss
-    op = dispatch.kernel(name, tensors[0]) if eager else getattr(torch.ops.gfl_kernels, name)
+    if backend:
+        op = dispatch.implementation(backend, name)
+    else:
+        op = getattr(torch.ops.gfl_kernels, name)
     return op(grad_loss, *tensors, *ctx.constants)
 
 
 class QualityFocal(torch.autograd.Function):
-    """Quality Focal Loss; arguments are those of ``gfl_kernels::quality_forward``."""
+    """Quality Focal Loss; a backend, then what ``gfl_kernels::quality_forward`` takes."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        loss, grad = dispatch.kernel("quality_forward", inputs[0])(*inputs)
+    def forward(ctx, backend, *inputs):
+        loss, grad = dispatch.implementation(backend, "quality_forward")(*inputs)
         _save(ctx, 5, inputs, grad)
+        ctx.backend = backend
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return (_gradient(ctx, grad_loss, "quality_backward", eager=True), *_NO_GRADIENT[:9])
+        grad = _gradient(ctx, grad_loss, "quality_backward", ctx.backend)
+        return None, grad, *_NO_GRADIENT[:9]
 
 
 class DistributionFocal(torch.autograd.Function):
-    """Distribution Focal Loss; arguments are those of ``gfl_kernels::distribution_forward``."""
+    """Distribution Focal Loss; a backend, then what ``gfl_kernels::distribution_forward`` takes."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        loss, grad = dispatch.kernel("distribution_forward", inputs[0])(*inputs)
+    def forward(ctx, backend, *inputs):
+        loss, grad = dispatch.implementation(backend, "distribution_forward")(*inputs)
         _save(ctx, 6, inputs, grad)
+        ctx.backend = backend
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return (_gradient(ctx, grad_loss, "distribution_backward", eager=True), *_NO_GRADIENT[:8])
+        grad = _gradient(ctx, grad_loss, "distribution_backward", ctx.backend)
+        return None, grad, *_NO_GRADIENT[:8]
 
 
 _NO_GRADIENT = (None,) * 9  # for the inputs after pred
 
 
 class DistributionIntegral(torch.autograd.Function):
-    """Expectation of each row; arguments are those of ``gfl_kernels::integral_forward``."""
+    """Expectation of each row; a backend, then what ``gfl_kernels::integral_forward`` takes."""
 
     @staticmethod
-    def forward(ctx, pred, bins):
+    def forward(ctx, backend, pred, bins):
         ctx.save_for_backward(pred, bins)
-        return dispatch.kernel("integral_forward", pred)(pred, bins)
+        ctx.backend = backend
+        return dispatch.implementation(backend, "integral_forward")(pred, bins)
 
     @staticmethod
     def backward(ctx, grad_out):
-        pred, bins = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return torch.ops.gfl_kernels.integral_backward(grad_out, pred, bins), None
-        return dispatch.kernel("integral_backward", pred)(grad_out, pred, bins), None
+            op = torch.ops.gfl_kernels.integral_backward
+        else:
+            op = dispatch.implementation(ctx.backend, "integral_backward")
+        return None, op(grad_out, *ctx.saved_tensors), None
 
 
 class HeadOptions(NamedTuple):
@@ -352,7 +363,7 @@ def _register_loss_autograd(family: str, tensors: int) -> None:
         ctx.others = len(inputs) - 1
 
     def backward(ctx, grad_loss, _grad_of_grad):
-        return (_gradient(ctx, grad_loss, f"{family}_backward", eager=False), *[None] * ctx.others)
+        return (_gradient(ctx, grad_loss, f"{family}_backward", None), *[None] * ctx.others)
 
     name = f"gfl_kernels::{family}_forward"
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_libraries[0])

@@ -178,7 +178,7 @@ class SimulatedCuda:
         why_not, obstacle, implementation = (
             dispatch._why_not,
             dispatch._obstacle,
-            dispatch._implementation,
+            dispatch.implementation,
         )
         self._patches = [
             mock.patch.object(
@@ -191,7 +191,7 @@ class SimulatedCuda:
             ),
             mock.patch.object(
                 dispatch,
-                "_implementation",
+                "implementation",
                 lambda backend, name: (
                     getattr(self, name) if backend == "cuda" else implementation(backend, name)
                 ),
