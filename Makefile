@@ -65,7 +65,8 @@ roofline: $(VENV)/.package ## Counts from the compiled GPU kernels, without a GP
 	$(PY) -m bench.roofline $(ROOFLINE_ARGS)
 
 # The installed copy is found before the one in the source tree through PYTHONPATH; pytest runs from the
-# build folder because `python -m` puts the current folder first.
+# build folder because `python -m` puts the current folder first. Only with capture=sys does the sanitizer's
+# report, which goes to file descriptor 2 before the process ends, reach the terminal.
 test-asan: build/asan/.built ## The CPU kernels on odd shapes under AddressSanitizer and UBSan
 	cd build/asan && \
 	grep -q __asan_init site/gfl_kernels/lib/libgfl_native.so && \
@@ -73,7 +74,7 @@ test-asan: build/asan/.built ## The CPU kernels on odd shapes under AddressSanit
 	ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	GFL_KERNELS_BACKEND=cpu PYTHONPATH=$(CURDIR)/build/asan/site PYTHONDONTWRITEBYTECODE=1 \
 	$(CURDIR)/$(BIN)/pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider \
-	  -k 'not reference and not processes and not compile and not export' \
+	  -n $(JOBS) --capture=sys -k 'not reference and not processes and not compile and not export' \
 	  $(CURDIR)/tests/test_odd_shapes.py $(CURDIR)/tests/test_head.py $(PYTEST_ARGS)
 
 build/asan/.built: $(VENV)/.package $(wildcard gfl_kernels/*.py)

@@ -734,7 +734,7 @@ def test_bit_identical_repetition(backend, name, dtype):
     function = calls(rows=3000, device=backend.device)[name]
     pred = logits(3000, 17, dtype=dtype, device=backend.device)
     expected, expected_grad = value_and_grad(function, pred)
-    for _ in range(10):
+    for _ in range(1 if INTERPRETED else 10):
         value, grad = value_and_grad(function, pred.clone())
         assert torch.equal(value, expected) and torch.equal(grad, expected_grad)
 

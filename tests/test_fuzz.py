@@ -265,7 +265,7 @@ def test_any_float_at_all(numbers, dtype, label):
         check_op(op, pred, *args, upstream=upstream, scale=len(numbers), **kwargs)
 
 
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=EXAMPLES if INTERPRETED else 60)
 @hypothesis.given(st.data())
 def test_rows_are_independent(data):
     """A row's loss and gradient do not depend on the rows around it: any slice gives the same bits,

@@ -190,30 +190,23 @@ def test_betas(backend, beta, dtype, activated):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts(backend, layout, dtype):
-    for classes in (1, 5, 17, 80):
+    forms = [("sparse", "weight [.., C]")]
+    forms += [(form, r) for r in REDUCTIONS for form in ("sparse", "dense")]
+    for classes, (form, option) in combinations((1, 5, 17, 80), forms):
         laid = lay_out(layout, logits(2, 5, 7, classes, dtype=dtype, device=backend.device))
-        target = sparse_target(laid.row_shape, classes, device=backend.device)
-        dense = move_classes(dense_target((70,), classes, device=backend.device), laid)
-        weight = row_weight(laid.row_shape, device=backend.device)
-        what = f"{layout} C={classes}"
-        for kwargs in (
-            {"reduction": "none"},
-            {"weight": weight, "avg_factor": 3.0},
-            {"reduction": "sum"},
-        ):
-            check_op("quality", laid.pred, target, class_dim=laid.dim, what=what, **kwargs)
-            check_op(
-                "quality", laid.pred, dense, class_dim=laid.dim, what=what + " dense", **kwargs
-            )
-        element_weight = row_weight(laid.pred.shape, device=backend.device)
-        check_op(
-            "quality",
-            laid.pred,
-            target,
-            class_dim=laid.dim,
-            weight=element_weight,
-            what=what + " weight [.., C]",
-        )
+        if form == "sparse":
+            target = sparse_target(laid.row_shape, classes, device=backend.device)
+        else:
+            target = move_classes(dense_target((70,), classes, device=backend.device), laid)
+        if option == "mean":
+            kwargs = {"weight": row_weight(laid.row_shape, device=backend.device)}
+            kwargs |= {"avg_factor": 3.0}
+        elif option in REDUCTIONS:
+            kwargs = {"reduction": option}
+        else:
+            kwargs = {"weight": row_weight(laid.pred.shape, device=backend.device)}
+        what = f"{layout} C={classes} {form} {option}"
+        check_op("quality", laid.pred, target, class_dim=laid.dim, what=what, **kwargs)
 
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
@@ -544,18 +537,17 @@ def test_weight_zero_removes_whatever_is_there(backend, dtype, weight_form, pois
         weight = weight[:, 0]
     dense = dense_target((20,), 18, device=backend.device)
     dense[3] = poison
-    for target in ((label, score), dense):
-        for reduction in REDUCTIONS:
-            kwargs = {"weight": weight, "reduction": reduction}
-            upstream = random_upstream(quality_focal_loss(clean, (label, score), **kwargs))
-            got, grad = evaluate(quality_focal_loss, pred, upstream, (target,), kwargs)
-            clean_target = target if isinstance(target, tuple) else dense.nan_to_num(0, 0, 0)
-            expected, expected_grad = evaluate(
-                quality_focal_loss, clean, upstream, (clean_target,), kwargs
-            )
-            assert torch.equal(got, expected)
-            assert torch.equal(grad, expected_grad)
-            assert bool((grad[3] == 0).all())
+    for target, reduction in combinations(((label, score), dense), REDUCTIONS):
+        kwargs = {"weight": weight, "reduction": reduction}
+        upstream = random_upstream(quality_focal_loss(clean, (label, score), **kwargs))
+        got, grad = evaluate(quality_focal_loss, pred, upstream, (target,), kwargs)
+        clean_target = target if isinstance(target, tuple) else dense.nan_to_num(0, 0, 0)
+        expected, expected_grad = evaluate(
+            quality_focal_loss, clean, upstream, (clean_target,), kwargs
+        )
+        assert torch.equal(got, expected)
+        assert torch.equal(grad, expected_grad)
+        assert bool((grad[3] == 0).all())
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
