@@ -493,7 +493,7 @@ def zero_rows(
     UNIT,
 ):
     zeros = tl.zeros((row.shape[0], STEP), grad[0].dtype.element_ty)
-    for first in range(0, COLUMNS, STEP):
+    for first in tl.static_range(0, COLUMNS, STEP):
         column = first + tl.arange(0, STEP)[None, :]
         at = in_matrix(grad, outer, middle, row[:, None], column, CONTIGUOUS, UNIT)
         tl.store(at, zeros, mask=mask[:, None] & (column < COLUMNS))
@@ -688,7 +688,6 @@ def head_cls_kernel(
     C: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
-    UNROLL: tl.constexpr,
     FORM: tl.constexpr,  # LOGITS, or with targets VARIFOCAL
     SQUARE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -758,7 +757,7 @@ def head_cls_kernel(
                     C,
                     TILE,
                     STEP,
-                    UNROLL,
+                    1,  # two steps at once spill registers: those of the levels come on top
                     1,
                     CLAMPED,
                     FORM,
@@ -1047,7 +1046,7 @@ def _launch_cls(
         found.constants["CLS_CONTIGUOUS"] == ROWS,
         beta == 2,
         bool(targets),
-        False,
+        grad is not None,
         False,
     )
     laid = lay_out_levels(shape.rows, tuple(matrices), wide)
@@ -1084,9 +1083,8 @@ def _launch_cls(
             C=classes,
             TILE=shape.rows,
             STEP=shape.step,
-            UNROLL=shape.unroll,
             FORM=form,
-            maxnreg=None if cls[0].dtype is torch.float64 else 64 if losses else 72,
+            maxnreg=None if cls[0].dtype is torch.float64 else 96 if grad else 80,
             SQUARE=beta == 2,
             ACC=acc_type(cls[0].dtype),
             FAST=fast(),
