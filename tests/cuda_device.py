@@ -58,6 +58,7 @@ ARGUMENTS = {  # as in gfl_kernels.h
         ("form", ctypes.c_int),
         ("beta", ctypes.c_double),
         _SCALE,
+        ("alpha", ctypes.c_double),
     ),
     "distribution": _struct(
         "pred target weight_left weight_right weight avg_factor grad_loss loss grad", _SCALE

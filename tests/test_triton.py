@@ -23,7 +23,7 @@ from compiled_cases import (  # noqa: F401
     test_quality_sparse,
 )
 from support import INTERPRETED, bin_target, logits, sparse_target
-from test_head import LAYOUTS, Scene, aligned, check, scene
+from test_head import LAYOUTS, aligned, check, one_level, scene
 
 import gfl_kernels
 
@@ -46,7 +46,8 @@ class simulated:
     """Triton compiles for sm_90 and runs on CPU tensors, as the forced backend."""
 
     def __init__(self, arch=90, **options):
-        self.device = ptxsim.triton_device(arch, isolate=True, order="reverse", **options)
+        options = {"isolate": True, "order": "reverse", **options}
+        self.device = ptxsim.triton_device(arch, **options)
 
     def __enter__(self):
         self.device.activate()
@@ -103,13 +104,14 @@ def test_head(compiled, dtype, layout):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_head_task_aligned(compiled, dtype):
-    cls, box, *others = aligned(dtype=dtype)
-    s = Scene([cls], [box], tuple([t] for t in others), {})
+@pytest.mark.parametrize("options", [{}, {"varifocal": True}], ids=str)
+def test_head_task_aligned(compiled, dtype, options):
+    s, function = one_level(*aligned(dtype=dtype), **options)
+    check(s, function=function)
 
-    def function(cls, box, *lists, **kwargs):
-        return gfl_kernels.task_aligned_loss(cls[0], box[0], *(t for (t,) in lists), **kwargs)
 
+def test_head_varifocal_gamma(compiled):
+    s, function = one_level(*aligned(), varifocal=True, alpha=0.2, gamma=1.5)
     check(s, function=function)
 
 
@@ -154,6 +156,19 @@ def test_head_launches_and_memory():
     for report, needed in minimum:
         dram = report.dram_bytes_read + report.dram_bytes_written
         assert dram <= 1.05 * needed, (report.kernel, dram, needed)
+
+
+def test_a_head_has_the_same_bits_on_every_run():
+    """Whatever order the warps of a program run in."""
+    s = scene(classes=80, sizes=((20, 33), (9, 7), (5, 4)), positives=0.2)
+    leaves = [t.requires_grad_() for t in (*s.cls, *s.box)]
+    results = []
+    for order in ("reverse", "forward", "reverse"):
+        with simulated(order=order):
+            out = gfl_kernels.gfl_loss(leaves[:3], leaves[3:], *s.others, **s.options)
+            results.append((*out[:6], *torch.autograd.grad(sum(out[:3]), leaves)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 SIZES = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 128, 160, 255, 256, 257, 500, 512, 1000]

@@ -162,7 +162,7 @@ void plan_quality(const QualityProblem& q, bool sum, QualityShape* s, Launch* la
   const bool target_fits =
       !dense || (quality_layout(q.target, s->target, q.classes) == layout &&
                  (q.target.dtype == q.pred.dtype || q.target.dtype == GFL_FLOAT32));
-  if (layout < 0 || !same || !target_fits || q.pred.dtype == GFL_FLOAT64 || q.probabilities ||
+  if (layout < 0 || !same || !target_fits || q.pred.dtype == GFL_FLOAT64 || q.form != GFL_LOGITS ||
       q.beta != 2 || q.weight_per_class || q.classes > kSmall / 2 ||
       !simple(s->rows,
               {&s->pred, &s->target, &s->score, &s->weight, &s->upstream, &s->loss, &s->grad})) {
@@ -294,6 +294,7 @@ void add_distribution(const DistributionProblem& d, const Scale& scale, const vo
 void plan(const char* name, const gfl_quality_args& args, double* workspace, Plan* plan) {
   *plan = {};
   const QualityProblem q = describe(name, args);
+  if (q.form == GFL_VARIFOCAL) fail(std::string(name) + ": no kernel for Varifocal Loss");
   const bool sum = is_sum(args.loss);
   const Scale scale = scale_of(name, args.scale, args.avg_factor);
   if (sum) check_workspace(name, workspace);
@@ -303,7 +304,7 @@ void plan(const char* name, const gfl_quality_args& args, double* workspace, Pla
   s.classes = q.classes;
   s.scale = scale;
   s.beta = q.beta;
-  s.probabilities = q.probabilities;
+  s.probabilities = q.form == GFL_PROBABILITIES;
   s.weight_per_class = q.weight_per_class;
   s.pred = steps_of(q.pred, q.ndim);
   s.target = steps_of(q.target, q.ndim);
