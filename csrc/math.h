@@ -324,6 +324,35 @@ GFL_HD LossGrad<T> quality_probability_loss_grad(T p, T q, scalar_t<T> beta) {
   return {power * b, power * bce_slope + slope * b};
 }
 
+// Varifocal Loss:  L = w B,  w = q on positives, alpha s^gamma on the others;  dL/dx = w d, on the
+// others + w gamma (1 - s) B unless the weight is detached.
+template <typename T, typename Mask>
+GFL_HD LossGrad<T> varifocal_loss_grad(T x, T q, Mask positive, scalar_t<T> alpha,
+                                       scalar_t<T> gamma, bool detach_weight) {
+  using S = scalar_t<T>;
+  const T zeros = broadcast<T>(S(0)), ones = broadcast<T>(S(1));
+  const Logistic<T> c = logistic(x);
+  const auto right = x >= S(0);
+  const T s = select(right, c.r, c.w);
+  const T tau = select(right, S(1) - q, q);
+  const T b = cross_entropy(c.a, tau, c.log1p_e);
+  T d = tau - c.w;
+  d = select(right, d, -d);
+  T power;  // s^gamma
+  if (gamma == S(2)) {
+    power = s * s;
+  } else {
+    const T log_s = -(c.log1p_e + select(right, zeros, c.a));
+    power = gamma == S(0) ? ones : pow_abs(log_s, gamma);
+  }
+  const T weight = select(positive, q, power * alpha);
+  if (!detach_weight) {
+    const T rest = select(right, c.w, c.r);  // 1 - s
+    d = d + select(positive, zeros, rest * b * gamma);
+  }
+  return {weight * b, weight * d};
+}
+
 // Distribution family
 
 // l = floor(t), wl = l + 1 - t, wr = t - l, with t clamped into [0, bins - 1].  NaN weights for

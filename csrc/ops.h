@@ -344,9 +344,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_boxes(
 template <typename Device>
 void run_head(const Device& device, const HeadCall& call, const Tensor& quality,
               const Tensor& weight, const Tensor& sums, const Tensor& normalisers, int64_t iou,
-              double iou_eps, double limit, double beta, const std::vector<double>& loss_weights,
-              const Tensor* losses, const std::optional<Tensor>* upstream,
-              const std::vector<Tensor>& grads) {
+              double iou_eps, double limit, int64_t form, double alpha, double beta,
+              const std::vector<double>& loss_weights, const Tensor* losses,
+              const std::optional<Tensor>* upstream, const std::vector<Tensor>& grads) {
   if (loss_weights.size() != 3) throw std::invalid_argument("gfl_native: three loss_weights");
   const View q(quality), w(weight), s(sums), n(normalisers);
   const Views g(grads);
@@ -357,6 +357,8 @@ void run_head(const Device& device, const HeadCall& call, const Tensor& quality,
   args.weight = w.get();
   args.sums = s.get();
   args.normalisers = n.get();
+  args.form = static_cast<gfl_form>(form);
+  args.alpha = alpha;
   args.beta = beta;
   for (int i = 0; i < 3; ++i) args.loss_weights[i] = loss_weights[i];
   for (int i = 0; i < 6; ++i) (losses ? args.losses : args.grad_losses)[i] = views[i].get();
@@ -383,7 +385,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> 
     std::vector<Tensor> labels, std::vector<Tensor> box_targets, std::vector<Tensor> targets,
     std::vector<Tensor> label_weights, Tensor quality, Tensor weight, Tensor sums,
     Tensor normalisers, std::vector<double> strides, int64_t iou, double iou_eps, double limit,
-    double beta, std::vector<double> loss_weights, bool write_grad) {
+    int64_t form, double alpha, double beta, std::vector<double> loss_weights, bool write_grad) {
   const HeadCall call(cls, box, points, labels, box_targets, targets, label_weights,
                       std::move(strides));
   const Tensor& pred = cls[0];
@@ -396,7 +398,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> 
   }
   std::vector<Tensor> grads;
   if (write_grad) grads = new_gradients(place, cls, box);
-  run_head(device, call, quality, weight, sums, normalisers, iou, iou_eps, limit, beta,
+  run_head(device, call, quality, weight, sums, normalisers, iou, iou_eps, limit, form, alpha, beta,
            loss_weights, losses.data(), nullptr, grads);
   return {losses[0], losses[1], losses[2], losses[3], losses[4], losses[5], grads};
 }
@@ -409,14 +411,14 @@ std::vector<Tensor> head_backward(
     std::vector<Tensor> points, std::vector<Tensor> labels, std::vector<Tensor> box_targets,
     std::vector<Tensor> targets, std::vector<Tensor> label_weights, Tensor quality, Tensor weight,
     Tensor sums, Tensor normalisers, std::vector<double> strides, int64_t iou, double iou_eps,
-    double limit, double beta, std::vector<double> loss_weights) {
+    double limit, int64_t form, double alpha, double beta, std::vector<double> loss_weights) {
   const HeadCall call(cls, box, points, labels, box_targets, targets, label_weights,
                       std::move(strides));
   const Device device(cls[0]);
   const std::vector<Tensor> grads = new_gradients(device.place(), cls, box);
   const std::optional<Tensor> upstream[] = {grad_cls,        grad_bbox,        grad_dfl,
                                             grad_levels_cls, grad_levels_bbox, grad_levels_dfl};
-  run_head(device, call, quality, weight, sums, normalisers, iou, iou_eps, limit, beta,
+  run_head(device, call, quality, weight, sums, normalisers, iou, iou_eps, limit, form, alpha, beta,
            loss_weights, nullptr, upstream, grads);
   return grads;
 }

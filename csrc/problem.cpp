@@ -147,7 +147,11 @@ QualityProblem describe(const char* name, const gfl_quality_args& args) {
   if (problem.columns() < 1) fail(std::string(name) + ": pred must have at least one class");
   problem.merge(&q.ndim, q.size);
   q.classes = problem.columns();
-  q.probabilities = args.form == GFL_PROBABILITIES;
+  if (args.form < GFL_LOGITS || args.form > GFL_VARIFOCAL) {
+    fail(std::string(name) + ": no such form: " + std::to_string(args.form));
+  }
+  q.form = args.form;
+  q.alpha = args.alpha;
   q.beta = args.beta;
   q.scale = args.scale;
   return q;
@@ -213,6 +217,9 @@ HeadProblem describe(const char* name, const gfl_head_args& args, int level, int
   h.cells = cls.ndim == 4 ? cls.sizes[1] * h.width : h.width;
   h.classes = cls.sizes[cls.ndim - 1];
   h.dense = args.targets;
+  if (args.form != GFL_LOGITS && !(args.form == GFL_VARIFOCAL && h.dense)) {
+    fail(std::string(name) + ": form must be GFL_LOGITS, or with targets GFL_VARIFOCAL");
+  }
   if (box.ndim != cls.ndim || box.sizes[box.ndim - 1] % 4 || box.sizes[box.ndim - 1] < 8) {
     fail(where + "box must have shape (B, cells..., 4 K), got " + shape_of(box.sizes, box.ndim));
   }

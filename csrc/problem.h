@@ -28,7 +28,8 @@ struct QualityProblem {
   int64_t classes;
   Operand pred, target, score, weight, grad_loss, loss, grad;
   bool weight_per_class;
-  bool probabilities;
+  gfl_form form;
+  double alpha;
   double beta;
   double scale;
 };

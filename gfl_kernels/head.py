@@ -112,7 +112,14 @@ def gfl_loss(
     if dispatch.DEBUG:
         debug.check_head(name, lists[3], classes)
     options = _options(
-        name, iou, 1e-6, reg_max - 0.1, beta, loss_weights, (1 + EPS, 4 + EPS), strides
+        name,
+        iou=iou,
+        iou_eps=1e-6,
+        limit=reg_max - 0.1,
+        beta=beta,
+        loss_weights=loss_weights,
+        divisors=(1 + EPS, 4 + EPS),
+        strides=strides,
     )
     return _run(
         name, (1, 1), (*lists, [], weights), options, avg_factor, process_group, return_boxes
@@ -129,6 +136,9 @@ def task_aligned_loss(
     *,
     channel_dim: int = -1,
     beta: float = 0.0,
+    varifocal: bool = False,
+    alpha: float = 0.75,
+    gamma: float = 2.0,
     iou: str = "ciou",
     loss_weights: Sequence[float] = (0.5, 7.5, 1.5),
     avg_factor: float | Tensor | None = None,
@@ -137,10 +147,10 @@ def task_aligned_loss(
 ) -> GFLLossOutput:
     r"""The losses of a head with task-aligned assignment (YOLOv8 and its like), fused.
 
-    The class logits are trained to dense target scores, by binary cross entropy or, with beta > 0,
-    by the Quality Focal Loss. A foreground anchor's box loss and Distribution Focal Loss have the
-    sum of its target scores as weight, and all three losses are divided by the sum of these
-    weights, at least 1.
+    The class logits are trained to dense target scores, by binary cross entropy, the Quality Focal
+    Loss (beta > 0) or the Varifocal Loss (YOLOv6, PP-YOLOE). A foreground anchor's box loss and
+    Distribution Focal Loss have the sum of its target scores as weight, and all three losses are
+    divided by the sum of these weights, at least 1.
 
     Args:
         cls_logits: [B, A, C], or [B, C, A] with ``channel_dim=1``; dtypes and strides as in
@@ -151,7 +161,10 @@ def task_aligned_loss(
         target_boxes: [B, A, 4], x1 y1 x2 y2 in units of the stride; read in the foreground.
         foreground: [B, A], bool.
         channel_dim: where the channels lie in the two logits.
-        beta: the focusing exponent; 0 is binary cross entropy.
+        beta: the focusing exponent of the Quality Focal Loss; 0 is binary cross entropy.
+        varifocal: the Varifocal Loss instead, w BCE(x, q), through whose weight the gradient goes:
+            w = q where a target score q is above 0 and alpha sigmoid(x)^gamma elsewhere.
+        alpha, gamma: of the Varifocal Loss, >= 0.
         iou: "iou", "giou", "diou" or "ciou", with eps 1e-7; "ciou" weighs the aspect ratio at every
             IoU, as the YOLO line does and :func:`gfl_loss` does not.
         loss_weights: of the classification, box and distribution losses.
@@ -183,23 +196,47 @@ def task_aligned_loss(
     if target_scores.shape != expected:
         raise _wrong_shape(name, "target_scores", "shape [B, A, C] =", expected, target_scores)
     limit = channels // 4 - 1.01
-    options = _options(name, iou, 1e-7, limit, beta, loss_weights, (1, 4), [1.0], every_iou=True)
+    _check_not_negative(name, alpha=alpha, gamma=gamma)
+    if varifocal and beta != 0:
+        raise ValueError(f"{name}: beta must be 0 with varifocal, got {beta!r}")
+    options = _options(
+        name,
+        iou=iou,
+        iou_eps=1e-7,
+        limit=limit,
+        beta=gamma if varifocal else beta,
+        loss_weights=loss_weights,
+        divisors=(1, 4),
+        strides=[1.0],
+        every_iou=True,
+        form=ops.VARIFOCAL if varifocal else ops.LOGITS,
+        alpha=alpha,
+    )
     return _run(
         name, dims, (*lists, [target_scores], []), options, avg_factor, process_group, return_boxes
     )
 
 
 def _options(
-    name, iou, iou_eps, limit, beta, loss_weights, divisors, strides, every_iou=False
+    name,
+    *,
+    iou,
+    iou_eps,
+    limit,
+    beta,
+    loss_weights,
+    divisors,
+    strides,
+    every_iou=False,
+    form=ops.LOGITS,
+    alpha=0.0,
 ) -> ops.HeadOptions:
     """divisors: of the box loss and the DFL, folded into their weights (mmdetection's avg_factor
     of 1 and of 4 sides, each with its eps). every_iou: "ciou" is reference.box_loss's ciou_all."""
     kinds = ("iou", "giou", "diou", "ciou")
     if iou not in kinds:
         raise ValueError(f"{name}: iou must be one of {', '.join(kinds)}, got {iou!r}")
-    _check_number(name, "beta", beta)
-    if not beta >= 0:
-        raise ValueError(f"{name}: beta must be >= 0, got {beta}")
+    _check_not_negative(name, beta=beta)
     if not isinstance(loss_weights, Sequence) or len(loss_weights) != 3:
         raise ValueError(f"{name}: loss_weights must be three numbers, got {loss_weights!r}")
     for i, weight in enumerate(loss_weights):
@@ -210,6 +247,8 @@ def _options(
         iou=ops.IOUS["ciou_all" if every_iou and iou == "ciou" else iou],
         iou_eps=iou_eps,
         limit=limit,
+        form=form,
+        alpha=float(alpha),
         beta=float(beta),
         loss_weights=[float(cls), bbox / divisors[0], dfl / divisors[1]],
         normalise=None,
@@ -239,6 +278,8 @@ def _run(
             iou=list(ops.IOUS)[options.iou],
             iou_eps=options.iou_eps,
             limit=options.limit,
+            varifocal=options.form == ops.VARIFOCAL,
+            alpha=options.alpha,
             beta=options.beta,
             loss_weights=options.loss_weights,
             normalise=normalise,
@@ -287,6 +328,13 @@ def _normalise(normalisers: Tensor, avg_factor, dense: bool, group) -> Tensor:
 
 
 # Argument checks
+
+
+def _check_not_negative(name: str, **numbers: float) -> None:
+    for argument, number in numbers.items():
+        _check_number(name, argument, number)
+        if not number >= 0:
+            raise ValueError(f"{name}: {argument} must be >= 0, got {number}")
 
 
 def _check_levels(name: str, **arguments) -> list[list]:

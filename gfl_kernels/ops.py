@@ -21,7 +21,8 @@ logits with one or two dimensions of cells and any strides; per level n cells: p
 [B, n], box_targets [B, n, 4], in pixels, and label_weights [B, n] or none at all. Without targets
 a label in [0, C) is positive; with targets, qualities [B, ..., C], labels are a mask. head_boxes
 looks at the positives; head_forward is what autograd sees, so that between the two the
-normalisers can be reduced over the processes of a job.
+normalisers can be reduced over the processes of a job. form is LOGITS, the Quality Focal Loss, or,
+with targets, VARIFOCAL, the Varifocal Loss with alpha and a gamma of beta.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from .reference import accumulate_dtype
 
 # Reductions and forms as the schemas carry them; csrc/cpu/ops.cpp has the same numbers.
 NONE, SUM, MEAN = 0, 1, 2
-LOGITS, PROBABILITIES = 0, 1
+LOGITS, PROBABILITIES, VARIFOCAL = 0, 1, 2
 IOUS = {"iou": 0, "giou": 1, "diou": 2, "ciou": 3, "ciou_all": 4}  # reference.box_loss's kinds
 
 _QUALITY = (
@@ -56,7 +57,7 @@ _LEVELS = (
 _BOX = "float[] strides, int iou, float iou_eps, float limit"
 _HEAD = (
     f"{_LEVELS}, Tensor quality, Tensor weight, Tensor sums, Tensor normalisers, {_BOX}, "
-    "float beta, float[] loss_weights"
+    "int form, float alpha, float beta, float[] loss_weights"
 )
 
 SCHEMAS = {
@@ -244,12 +245,14 @@ class DistributionIntegral(torch.autograd.Function):
 
 
 class HeadOptions(NamedTuple):
-    """What a head's loss takes besides tensors. The first four and the next two as the schemas."""
+    """What a head's loss takes besides tensors. The first four and the next four as the schemas."""
 
     strides: list[float]
     iou: int
     iou_eps: float
     limit: float
+    form: int
+    alpha: float
     beta: float
     loss_weights: list[float]
     normalise: Callable[[Tensor], Tensor]  # of the normalisers, over the processes
@@ -270,7 +273,7 @@ def head_loss(levels: Sequence[Sequence[Tensor]], options: HeadOptions) -> tuple
         )
         normalisers = options.normalise(normalisers)
     *losses, _ = torch.ops.gfl_kernels.head_forward(
-        *levels, quality, weight, sums, normalisers, *options[:6], False
+        *levels, quality, weight, sums, normalisers, *options[:8], False
     )
     return *losses, quality, boxes
 
@@ -293,7 +296,7 @@ class HeadLoss(torch.autograd.Function):
         )
         assessed.append(options.normalise(normalisers))
         *losses, grads = dispatch.kernel("head_forward", cls[0])(
-            cls, box, *others, *assessed, *options[:6], options.write_grad
+            cls, box, *others, *assessed, *options[:8], options.write_grad
         )
         ctx.save_for_backward(*tensors, *assessed, *grads)
         ctx.options, ctx.channel_dims, ctx.counts = options, channel_dims, counts
@@ -318,7 +321,7 @@ class HeadLoss(torch.autograd.Function):
                 op = torch.ops.gfl_kernels.head_backward
             else:
                 op = dispatch.kernel("head_backward", cls[0])
-            grads = op(*upstream, cls, box, *lists[2:], *assessed, *ctx.options[:6])
+            grads = op(*upstream, cls, box, *lists[2:], *assessed, *ctx.options[:8])
         count = len(lists[0])
         grads = [grad.movedim(-1, ctx.channel_dims[i >= count]) for i, grad in enumerate(grads)]
         return None, None, None, *grads, *[None] * (sum(ctx.counts) - 2 * count)

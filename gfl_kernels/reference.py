@@ -93,6 +93,19 @@ def quality_loss_probability(p: Tensor, q: Tensor, beta: float) -> Tensor:
     return pow_abs(p - q, beta) * bce(p, q)
 
 
+def varifocal_loss(
+    x: Tensor, q: Tensor, positive: Tensor, alpha: float, gamma: float, detach_weight: bool = False
+) -> Tensor:
+    """Varifocal Loss on logits: w B(x, q) with w = q on positives and alpha sigmoid(x)^gamma on the
+    others. VarifocalNet (Zhang et al. 2021), eq. 2.
+
+    positive: q > 0 (mmdetection), or whether the element is its row's class (YOLOv6, RT-DETR),
+    where a q of 0 weighs 0. detach_weight: w is a constant of the derivative (RT-DETR, D-FINE).
+    """
+    weight = torch.where(positive, q, alpha * pow_abs(torch.sigmoid(x), gamma))
+    return (weight.detach() if detach_weight else weight) * bce_with_logits(x, q)
+
+
 # Distribution family
 
 
@@ -269,6 +282,8 @@ def head_loss(
     iou: str,
     iou_eps: float,
     limit: float,
+    varifocal: bool,
+    alpha: float,
     beta: float,
     loss_weights: Sequence[float],
     normalise: Callable[[Tensor], Tensor],
@@ -279,8 +294,9 @@ def head_loss(
     A the anchors of all levels. Without targets, labels in [0, C) are positive, the weight of a
     positive is its highest score, and QFL, divided by the number of positives, trains that class to
     the IoU. With targets [B, ..., C], labels are a mask, the weight is the sum of an anchor's
-    targets, and everything is divided by the weights' sum. normalise: averages the two divisors
-    over the job. boxes: [B, A, 4], decoded, of positives; 0 elsewhere, as is quality.
+    targets, QFL or (varifocal) VFL with a gamma of beta trains the classes to them, and everything
+    is divided by the weights' sum. normalise: averages the two divisors over the job. boxes:
+    [B, A, 4], decoded, of positives; 0 elsewhere, as is quality.
     """
     dtype = accumulate_dtype(cls[0].dtype)
     classes, bins = cls[0].shape[-1], box[0].shape[-1] // 4
@@ -331,7 +347,8 @@ def head_loss(
         row_weight = torch.cat(list(label_weights), dim=1).to(dtype)
         unread = row_weight == 0
         x = torch.where(unread.unsqueeze(-1), 0.5, x)
-    rows = quality_loss(x, q, beta).sum(-1)
+    cls_loss = varifocal_loss(x, q, q > 0, alpha, beta) if varifocal else quality_loss(x, q, beta)
+    rows = cls_loss.sum(-1)
     if label_weights:
         rows = torch.where(unread, 0, rows * row_weight)
 

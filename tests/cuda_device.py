@@ -59,6 +59,7 @@ ARGUMENTS = {  # as in gfl_kernels.h
         ("form", ctypes.c_int),
         ("beta", ctypes.c_double),
         _SCALE,
+        ("alpha", ctypes.c_double),
     ),
     "distribution": _struct(
         "pred target weight_left weight_right weight avg_factor grad_loss loss grad", _SCALE
@@ -77,6 +78,8 @@ class _HeadArguments(ctypes.Structure):
         ("iou_eps", ctypes.c_double),
         ("limit", ctypes.c_double),
         *((name, _VIEWS) for name in ("quality", "weight", "sums", "normalisers", "boxes")),
+        ("form", ctypes.c_int),
+        ("alpha", ctypes.c_double),
         ("beta", ctypes.c_double),
         ("loss_weights", ctypes.c_double * 3),
         ("losses", _VIEWS * 6),
@@ -401,7 +404,7 @@ class SimulatedCuda:
         if grads:
             half = len(grads) // 2
             tensors |= {"grad_cls": grads[:half], "grad_box": grads[half:]}
-        numbers = dict(zip(("beta", "loss_weights"), rest, strict=True))
+        numbers = dict(zip(("form", "alpha", "beta", "loss_weights"), rest, strict=True))
         arguments = head_arguments(lists, options, **tensors, **numbers)
         tensors |= dict(zip(HEAD_LISTS, lists, strict=True))
         self.run_head("gfl_head_cuda", arguments, tensors)

@@ -55,6 +55,12 @@ pytestmark = pytest.mark.interpreted_part(
     "test_task_aligned[triton-rows-0.2",
     "test_task_aligned[triton-joint-0.0",
     "test_task_aligned_against_float64[triton-{}-dtype1",
+    "test_task_aligned_against_float64[triton-{'varifocal': True}-dtype0",
+    "test_varifocal[triton-rows-0.2",
+    "test_varifocal_extreme_logits[triton-2.0",
+    "test_varifocal_gradcheck[triton-1.5",
+    "test_opcheck_varifocal",
+    "test_ops_refuse_forms",
     "test_module_is_the_function",
 )
 
@@ -612,15 +618,28 @@ def test_opcheck(fused):
         torch.library.opcheck(namespace.head_boxes.default, (*lists, *box, write))
     cls, others = lists[:2], lists[2:]
     leaves = [[t.detach().requires_grad_() for t in level] for level in cls]
-    arguments = (*leaves, *others, *assessed, *box, 2.0, [1.0, 2.0, 0.25])
-    torch.library.opcheck(namespace.head_forward.default, (*arguments, False))
+    cls_loss = (ops.LOGITS, 0.0, 2.0)
+    rest = (*assessed, *box, *cls_loss, [1.0, 2.0, 0.25])
+    torch.library.opcheck(namespace.head_forward.default, (*leaves, *others, *rest, False))
     with torch.no_grad():
-        torch.library.opcheck(
-            namespace.head_forward.default, (*lists, *assessed, *box, 2.0, [1.0, 2.0, 0.25], True)
-        )
+        torch.library.opcheck(namespace.head_forward.default, (*lists, *rest, True))
     upstream = [torch.tensor(1.5), None, torch.tensor(-0.5), None, torch.ones(1).expand(2), None]
-    plain = (*lists, *assessed, *box, 2.0, [1.0, 2.0, 0.25])
-    torch.library.opcheck(namespace.head_backward.default, (*upstream, *plain))
+    torch.library.opcheck(namespace.head_backward.default, (*upstream, *lists, *rest))
+
+
+def test_opcheck_varifocal(fused):
+    cls, box, points, scores, targets, mask = aligned(anchors=5, classes=3)
+    lists = ([cls], [box], [points], [mask], [targets], [scores], [])
+    constants = ([1.0], ops.IOUS["ciou_all"], 1e-7, 14.99)
+    namespace = torch.ops.gfl_kernels
+    *assessed, _ = namespace.head_boxes(*lists, *constants, False)
+    rest = (*assessed, *constants, ops.VARIFOCAL, 0.75, 1.5, [1.0, 2.0, 0.25])
+    leaves = [[t.detach().requires_grad_()] for t in (cls, box)]
+    torch.library.opcheck(namespace.head_forward.default, (*leaves, *lists[2:], *rest, False))
+    with torch.no_grad():
+        torch.library.opcheck(namespace.head_forward.default, (*lists, *rest, True))
+    upstream = [torch.tensor(1.5), None, None, None, None, torch.ones(1)]
+    torch.library.opcheck(namespace.head_backward.default, (*upstream, *lists, *rest))
 
 
 def test_ops_check_what_memory_safety_needs(fused):
@@ -637,6 +656,14 @@ def test_ops_check_what_memory_safety_needs(fused):
             changed[i] = wrong
             with pytest.raises((ValueError, RuntimeError)):
                 torch.ops.gfl_kernels.head_boxes(*changed, *box, False)
+
+
+def test_ops_refuse_forms_that_a_head_has_not(fused):
+    lists, box, assessed = head_arguments(scene())
+    for form in (ops.PROBABILITIES, ops.VARIFOCAL, 7, -1):  # Varifocal Loss needs targets
+        arguments = (*lists, *assessed, *box, form, 0.75, 2.0, [1.0, 2.0, 0.25], False)
+        with pytest.raises((ValueError, RuntimeError), match="form"):
+            torch.ops.gfl_kernels.head_forward(*arguments)
 
 
 def test_backends_without_kernels_say_so():
@@ -755,12 +782,25 @@ def aligned(batch=2, anchors=90, classes=5, bins=16, dtype=torch.float32, seed=0
     return cls, box, points.to(other), scores.to(other), targets.to(other), mask
 
 
-def plain_aligned(cls, box, points, scores, targets, mask, loss_weights=(0.5, 7.5, 1.5)):
-    """The loss out of PyTorch's and torchvision's own: independent of the reference."""
+def plain_varifocal(cls, scores, alpha, gamma):
+    """YOLOv6's and PP-YOLOE's VarifocalLoss, element by element."""
+    label = (scores > 0).to(scores.dtype)
+    weight = alpha * cls.sigmoid().pow(gamma) * (1 - label) + scores * label
+    return F.binary_cross_entropy_with_logits(cls, scores, reduction="none") * weight
+
+
+def plain_aligned(
+    cls, box, points, scores, targets, mask, loss_weights=(0.5, 7.5, 1.5), varifocal=None
+):
+    """The loss out of PyTorch's and torchvision's own: independent of the reference. varifocal:
+    (alpha, gamma), or cross entropy."""
     torchvision = pytest.importorskip("torchvision", reason="the oracle of the box loss")
     bins = box.shape[-1] // 4
     total = scores.sum().clamp(min=1)
-    loss_cls = F.binary_cross_entropy_with_logits(cls, scores, reduction="none").sum() / total
+    if varifocal:
+        loss_cls = plain_varifocal(cls, scores, *varifocal).sum() / total
+    else:
+        loss_cls = F.binary_cross_entropy_with_logits(cls, scores, reduction="none").sum() / total
     weight = scores.sum(-1)[mask]
     rows = box[mask].unflatten(-1, (4, bins))
     sides = rows.softmax(-1) @ torch.arange(bins, dtype=box.dtype)
@@ -803,16 +843,74 @@ def test_task_aligned(backend, layout, foreground):
         assert got.boxes.shape == (2, 90, 4) and got.loss_dfl_levels.shape == (1,)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [{}, {"beta": 2.0, "iou": "giou"}, {"iou": "diou"}], ids=str)
-def test_task_aligned_against_float64(backend, dtype, options):
-    cls, box, *others = aligned(dtype=dtype)
-    s = Scene([cls], [box], tuple([t] for t in others), options)
+def one_level(cls, box, *others, **options):
+    """(scene, function) as check() takes them, of a call of task_aligned_loss."""
 
     def function(cls, box, *lists, **kwargs):
         return task_aligned_loss(cls[0], box[0], *(t for (t,) in lists), **kwargs)
 
+    return Scene([cls], [box], tuple([t] for t in others), options), function
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beta": 2.0, "iou": "giou"},
+        {"iou": "diou"},
+        {"varifocal": True},
+        {"varifocal": True, "alpha": 0.2, "gamma": 1.5},
+        {"varifocal": True, "gamma": 0.0},
+    ],
+    ids=str,
+)
+def test_task_aligned_against_float64(backend, dtype, options):
+    s, function = one_level(*aligned(dtype=dtype), **options)
     check(s, function=function)
+
+
+@pytest.mark.parametrize("alpha, gamma", [(0.75, 2.0), (0.2, 1.5), (1.0, 0.5), (0.0, 2.0)])
+@pytest.mark.parametrize("layout", ["rows", "channels"])
+def test_varifocal(backend, layout, alpha, gamma):
+    """Against YOLOv6's formula, through whose weight the gradient goes."""
+    task = aligned(dtype=torch.float64, classes=40)
+    leaves = [t.requires_grad_() for t in task[:2]]
+    expected = plain_aligned(*task, varifocal=(alpha, gamma))
+    expected_grads = torch.autograd.grad(sum(expected), leaves)
+    dim = -1 if layout == "rows" else 1
+    cls, box = (t if dim == -1 else t.transpose(1, 2).contiguous() for t in leaves)
+    got = task_aligned_loss(
+        cls, box, *task[2:], channel_dim=dim, varifocal=True, alpha=alpha, gamma=gamma
+    )
+    torch.testing.assert_close(list(got[:3]), expected, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-12, atol=0)
+    grads = torch.autograd.grad(sum(got[:3]), leaves)
+    torch.testing.assert_close(grads[0], expected_grads[0], rtol=1e-11, atol=1e-15)
+    torch.testing.assert_close(grads[1], expected_grads[1], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("gamma", [2.0, 1.5, 0.5, 0.0])
+def test_varifocal_extreme_logits(backend, gamma):
+    cls, box, *others = aligned(classes=20)
+    cls = logits(*cls.shape, seed=4)
+    s, function = one_level(cls, box, *others, varifocal=True, gamma=gamma)
+    check(s, function=function)
+    cls[0, 0, 0], others[1][0, 0, 0] = -float("inf"), 0.0  # a perfect negative
+    cls = cls.requires_grad_()
+    loss = task_aligned_loss(cls, box, *others, varifocal=True, gamma=gamma).loss_cls
+    (grad,) = torch.autograd.grad(loss, cls)
+    assert bool(loss.isfinite()) and float(grad[0, 0, 0]) == 0.0
+
+
+@pytest.mark.parametrize("gamma", [2.0, 1.5])
+def test_varifocal_gradcheck(backend, gamma):
+    cls, *others = aligned(batch=1, anchors=4, classes=3, dtype=torch.float64, foreground=0.6)
+    assert 0 < int((others[2] > 0).sum()) < others[2].numel()
+    assert torch.autograd.gradcheck(
+        lambda cls: task_aligned_loss(cls, *others, varifocal=True, gamma=gamma).loss_cls,
+        cls.requires_grad_(),
+    )
 
 
 def test_task_aligned_avg_factor(backend):
@@ -903,8 +1001,14 @@ def test_task_aligned_errors(backend):
         changed = [change(t) if i == index else t for i, t in enumerate(task)]
         with pytest.raises(ValueError, match=f"^task_aligned_loss: .*{message}"):
             task_aligned_loss(*changed)
-    with pytest.raises(ValueError, match="channel_dim must be 1 or -1"):
-        task_aligned_loss(*task, channel_dim=2)
+    for options, message in (
+        ({"channel_dim": 2}, "channel_dim must be 1 or -1"),
+        ({"varifocal": True, "alpha": -0.1}, "alpha must be >= 0, got -0.1"),
+        ({"varifocal": True, "gamma": float("nan")}, "gamma must be >= 0, got nan"),
+        ({"varifocal": True, "beta": 2.0}, "beta must be 0 with varifocal, got 2.0"),
+    ):
+        with pytest.raises(ValueError, match=f"^task_aligned_loss: {message}"):
+            task_aligned_loss(*task, **options)
 
 
 def test_debug_names_the_label(backend, monkeypatch):

@@ -78,6 +78,17 @@ def mp_quality_probability(p, q, beta):
     return weight * cross_entropy, weight * d / max(p * (1 - p), EPSILON) + through
 
 
+def mp_varifocal(x, q, positive, alpha, gamma, detach):
+    """(L, dL/dx) of one logit, L = w B: w = q on positives, alpha s^gamma on the others."""
+    x, q, alpha, gamma = (mpmath.mpf(value) for value in (x, q, alpha, gamma))
+    s, rest = 1 / (1 + mpmath.exp(-x)), 1 / (1 + mpmath.exp(x))
+    cross_entropy = q * mp_softplus(-x) + (1 - q) * mp_softplus(x)
+    weight = q if positive else alpha * s**gamma
+    slope = 0 if positive or detach else gamma * weight * rest
+    d = -rest if q == 1 else s - q
+    return weight * cross_entropy, weight * d + slope * cross_entropy
+
+
 def mp_log_softmax(z):
     top = max(z)
     shift = top + mpmath.log(mpmath.fsum(mpmath.exp(value - top) for value in z))
@@ -279,6 +290,24 @@ def test_quality_of_probabilities_that_meet_their_target(beta):
     if beta > 0:
         assert bool((loss == 0).all())
     assert bool((slope == 0).all())
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.5, 2.0])
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_varifocal(gamma, detach, one_hot):
+    x, q, pairs = grid()
+    # Every other element is its row's class, the quality of some of these being 0.
+    positive = torch.arange(len(pairs)) % 2 == 0 if one_hot else q > 0
+    x.requires_grad_()
+    loss = reference.varifocal_loss(x, q, positive, 0.75, gamma, detach)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    truth = [
+        mp_varifocal(a, b, p, 0.75, gamma, detach)
+        for (a, b), p in zip(pairs, positive.tolist(), strict=True)
+    ]
+    assert_close(loss, [pair[0] for pair in truth], "loss")
+    assert_close(grad, [pair[1] for pair in truth], "gradient")
 
 
 def scale_rows(bins):

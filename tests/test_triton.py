@@ -23,7 +23,7 @@ from compiled_cases import (  # noqa: F401
     test_quality_sparse,
 )
 from support import INTERPRETED, bin_target, logits, sparse_target
-from test_head import LAYOUTS, Scene, aligned, check, scene
+from test_head import LAYOUTS, aligned, check, one_level, scene
 
 import gfl_kernels
 
@@ -101,13 +101,14 @@ def test_head(compiled, dtype, layout):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_head_task_aligned(compiled, dtype):
-    cls, box, *others = aligned(dtype=dtype)
-    s = Scene([cls], [box], tuple([t] for t in others), {})
+@pytest.mark.parametrize("options", [{}, {"varifocal": True}], ids=str)
+def test_head_task_aligned(compiled, dtype, options):
+    s, function = one_level(*aligned(dtype=dtype), **options)
+    check(s, function=function)
 
-    def function(cls, box, *lists, **kwargs):
-        return gfl_kernels.task_aligned_loss(cls[0], box[0], *(t for (t,) in lists), **kwargs)
 
+def test_head_varifocal_gamma(compiled):
+    s, function = one_level(*aligned(), varifocal=True, alpha=0.2, gamma=1.5)
     check(s, function=function)
 
 

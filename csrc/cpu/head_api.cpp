@@ -93,6 +93,8 @@ class LevelQuality {
     }
     if (args.label_weights) args_.weight = per_cell(&weight_, args.label_weights[level]);
     args_.grad = args.grad_cls ? &args.grad_cls[level] : nullptr;
+    args_.form = args.form;
+    args_.alpha = args.alpha;
     args_.beta = args.beta;
   }
   LevelQuality(const LevelQuality&) = delete;

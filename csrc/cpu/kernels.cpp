@@ -57,6 +57,16 @@ struct Probability {
     return quality_probability_loss_grad(p, q, static_cast<scalar_t<V>>(f.beta));
   }
 };
+struct Varifocal {
+  static constexpr bool kTarget = true;
+  double alpha, gamma;
+  template <typename V>
+  GFL_INLINE LossGrad<V> apply(const Varifocal& f, V x, V q) {
+    using A = scalar_t<V>;
+    return varifocal_loss_grad(x, q, q > A(0), static_cast<A>(f.alpha), static_cast<A>(f.gamma),
+                               false);
+  }
+};
 
 // n contiguous elements: x logits, q targets, w weights (both optional by template), factor for
 // every gradient. Writes the weighted loss of every element if losses is there; returns their sum.
@@ -127,7 +137,7 @@ class Quality {
     row_score_ = scratch.take<A>(n);
     row_loss_ = scratch.take<A>(n);
     label_ = scratch.take<int64_t>(n);
-    square_ = p_.beta == 2 && !p_.probabilities;
+    square_ = p_.beta == 2 && p_.form == GFL_LOGITS;
   }
 
   double run(int64_t begin, int64_t count) {
@@ -356,8 +366,14 @@ class Quality {
               A factor) {
     if (background) return tile(Background{}, x, q, w, grad, losses, n, factor);
     if (square_) return tile(Square{}, x, q, w, grad, losses, n, factor);
-    if (p_.probabilities) return tile(Probability{p_.beta}, x, q, w, grad, losses, n, factor);
-    return tile(General{p_.beta}, x, q, w, grad, losses, n, factor);
+    switch (p_.form) {
+      case GFL_PROBABILITIES:
+        return tile(Probability{p_.beta}, x, q, w, grad, losses, n, factor);
+      case GFL_VARIFOCAL:
+        return tile(Varifocal{p_.alpha, p_.beta}, x, q, w, grad, losses, n, factor);
+      default:
+        return tile(General{p_.beta}, x, q, w, grad, losses, n, factor);
+    }
   }
   template <typename Formula>
   double tile(const Formula& f, const S* x, const A* q, const A* w, S* grad, A* losses, int64_t n,
@@ -391,7 +407,7 @@ class Quality {
 };
 
 double quality(const QualityProblem& problem, int64_t begin, int64_t count, void* scratch) {
-  const FlushDenormals flush(!problem.probabilities);
+  const FlushDenormals flush(problem.form != GFL_PROBABILITIES);
   switch (problem.pred.dtype) {
     case GFL_FLOAT32:
       return Quality<float>(problem, scratch).run(begin, count);

@@ -1,5 +1,6 @@
 // The classification losses of heads that are common, on logits of at most 32 bits: Quality Focal
-// Loss with beta = 2 and sparse targets, binary cross entropy with dense ones.
+// Loss with beta = 2 and sparse targets; with dense ones binary cross entropy, and Varifocal Loss
+// with gamma = 2.
 #define GFL_APPROXIMATE
 #include "head_class.h"
 #include "kernels.h"
@@ -27,9 +28,10 @@ const void* find_among(int variant) {
 
 template <int kDtype>
 const void* find(int variant) {
-  constexpr int kDenseBce = kDense | kCrossEntropy;
-  return find_among<kDtype, kLoss, kGrad, kLoss | kPlanes, kGrad | kPlanes, kLoss | kDenseBce,
-                    kGrad | kDenseBce, kLoss | kDenseBce | kPlanes, kGrad | kDenseBce | kPlanes>(
+  constexpr int kBce = kDense | kCrossEntropy, kVfl = kDense | kVarifocal;
+  return find_among<kDtype, kLoss, kGrad, kLoss | kPlanes, kGrad | kPlanes,               //
+                    kLoss | kBce, kGrad | kBce, kLoss | kBce | kPlanes, kGrad | kBce | kPlanes,
+                    kLoss | kVfl, kGrad | kVfl, kLoss | kVfl | kPlanes, kGrad | kVfl | kPlanes>(
       variant);
 }
 

@@ -24,14 +24,14 @@ struct TileCells {
 
 template <int kVariant, typename A>
 GFL_DEVICE LossGrad<A> class_loss_grad(A x, A q, const HeadShape& s) {
-  if constexpr ((kVariant & kGeneralClass) != 0) {
-    return s.beta == 2 ? quality_square_loss_grad(x, q)
-                       : quality_loss_grad(x, q, static_cast<A>(s.beta));
-  } else if constexpr ((kVariant & kCrossEntropy) != 0) {
-    return bce_with_logits_loss_grad(x, q);
-  } else {
-    return quality_square_loss_grad(x, q);
+  constexpr bool kGeneral = kVariant & kGeneralClass;
+  if constexpr ((kVariant & kCrossEntropy) != 0) return bce_with_logits_loss_grad(x, q);
+  if (kGeneral ? s.varifocal : kVariant & kVarifocal) {
+    const A gamma = kGeneral ? static_cast<A>(s.beta) : A(2);
+    return varifocal_loss_grad(x, q, q > 0, static_cast<A>(s.alpha), gamma, false);
   }
+  if (!kGeneral || s.beta == 2) return quality_square_loss_grad(x, q);
+  return quality_loss_grad(x, q, static_cast<A>(s.beta));
 }
 
 // The part of the block's loss that this thread computes; it writes the gradient if that is what is

@@ -165,7 +165,7 @@ void plan_quality(const QualityProblem& q, bool sum, QualityShape* s, Launch* la
   const bool target_fits =
       !dense || (quality_layout(q.target, s->target, q.classes) == layout &&
                  (q.target.dtype == q.pred.dtype || q.target.dtype == GFL_FLOAT32));
-  if (layout < 0 || !same || !target_fits || q.pred.dtype == GFL_FLOAT64 || q.probabilities ||
+  if (layout < 0 || !same || !target_fits || q.pred.dtype == GFL_FLOAT64 || q.form != GFL_LOGITS ||
       q.beta != 2 || q.weight_per_class || q.classes > kSmall / 2 ||
       !simple(s->rows,
               {&s->pred, &s->target, &s->score, &s->weight, &s->upstream, &s->loss, &s->grad})) {
@@ -325,6 +325,8 @@ class Head {
     const HeadProblem& first = levels_[0];
     shape_.iou_eps = args.iou_eps;
     shape_.limit = args.limit;
+    shape_.varifocal = args.form == GFL_VARIFOCAL;
+    shape_.alpha = args.alpha;
     shape_.beta = args.beta;
     std::copy_n(args.loss_weights, 3, shape_.loss_weights);
     shape_.normaliser_step = args.normalisers->strides[0];
@@ -391,7 +393,8 @@ class Head {
       int variant = -1;
       if (family == kHeadClassKernel) {
         variant = (has_grad ? kGrad : kLoss) | (s.planes ? kPlanes : 0) |
-                  (s.dense ? kDense | kCrossEntropy : 0);
+                  (s.dense ? kDense : 0) |
+                  (s.varifocal ? kVarifocal : s.dense ? kCrossEntropy : 0);
       }
       Launch* const launch = add(plan, family, dtype, s, kClassThreads, variant);
       launch->shared_bytes = static_cast<int32_t>(
@@ -519,7 +522,7 @@ class Head {
                    (!has_grad || fits(level.grad, vector));
       level.target_wide = s->dense && fits(level.targets, target_vector);
     }
-    const bool common = dtype != GFL_FLOAT64 && s->beta == (s->dense ? 0 : 2) &&
+    const bool common = dtype != GFL_FLOAT64 && s->beta == (s->dense && !s->varifocal ? 0 : 2) &&
                         (!s->dense || target_dtype == dtype || target_dtype == GFL_FLOAT32);
     s->lane_bits = lane_bits_for(ceil_div(s->classes, vector));
     s->element_lane_bits = lane_bits_for(s->classes);
@@ -554,6 +557,7 @@ class Head {
 void plan(const char* name, const gfl_quality_args& args, double* workspace, Plan* plan) {
   *plan = {};
   const QualityProblem q = describe(name, args);
+  if (q.form == GFL_VARIFOCAL) fail(std::string(name) + ": no kernel for Varifocal Loss");
   const bool sum = is_sum(args.loss);
   const Scale scale = scale_of(name, args.scale, args.avg_factor);
   if (sum) check_workspace(name, workspace);
@@ -563,7 +567,7 @@ void plan(const char* name, const gfl_quality_args& args, double* workspace, Pla
   s.classes = q.classes;
   s.scale = scale;
   s.beta = q.beta;
-  s.probabilities = q.probabilities;
+  s.probabilities = q.form == GFL_PROBABILITIES;
   s.weight_per_class = q.weight_per_class;
   s.pred = steps_of(q.pred, q.ndim);
   s.target = steps_of(q.target, q.ndim);

@@ -87,9 +87,9 @@ constexpr int kBoxThreads = 128;    // and cells of a tile of boxes
 constexpr int kClassThreads = 256;
 constexpr int kHeadFinishThreads = 512;
 
-// Beside kLoss or kGrad, kDense and kPlanes. Without it the loss is Quality Focal Loss with beta =
-// 2. head_class_general_kernel takes whatever there is.
-enum ClassVariant { kCrossEntropy = 16, kGeneralClass = 64 };
+// Beside kLoss or kGrad, kDense and kPlanes; Varifocal Loss with gamma = 2. Without any the loss is
+// Quality Focal Loss with beta = 2. head_class_general_kernel takes whatever there is.
+enum ClassVariant { kCrossEntropy = 16, kVarifocal = 32, kGeneralClass = 64 };
 
 // Strides in elements.
 struct HeadMatrix {  // [B, rows, width, columns]
@@ -119,7 +119,7 @@ struct HeadLevel {
 
 struct HeadShape {
   HeadLevel levels[kMaxHeadLevels];
-  double iou_eps, limit, beta, loss_weights[3];
+  double iou_eps, limit, alpha, beta, loss_weights[3];
   int64_t anchors;  // of an image
   int64_t normaliser_step, sums_row, sums_column;
   int64_t level_steps[3];  // of losses, or of upstream gradients, per level: classes, box, DFL
@@ -131,6 +131,7 @@ struct HeadShape {
   int32_t logits_bytes;
   int32_t iou;
   bool dense;  // there are targets of classes; labels are a mask
+  bool varifocal;
   bool unit_upstream;
   // Classes. As in QualityShape, and for elements one by one.
   int32_t lane_bits, element_lane_bits, part_bits;

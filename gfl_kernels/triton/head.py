@@ -21,8 +21,10 @@ from .launch import (
     COLUMNS,
     INTERPRETED,
     INTERPRETED_ELEMENTS,
+    LOGITS,
     NEITHER,
     ROWS,
+    VARIFOCAL,
     Layout,
     acc_type,
     fast,
@@ -681,11 +683,13 @@ def head_cls_kernel(
     weight_cls: "fp64",
     weight_bbox: "fp64",
     weight_dfl: "fp64",
+    alpha: "fp64",
     beta: "fp64",
     C: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     UNROLL: tl.constexpr,
+    FORM: tl.constexpr,  # LOGITS, or with targets VARIFOCAL
     SQUARE: tl.constexpr,
     ALIGNED: tl.constexpr,
     CLS_CONTIGUOUS: tl.constexpr,
@@ -697,7 +701,7 @@ def head_cls_kernel(
     ACC: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Quality Focal Loss of every anchor, or its gradient: quality_kernel over levels."""
+    """Quality or Varifocal Loss of every anchor, or its gradient: quality_kernel over levels."""
     DENSE: tl.constexpr = targets is not None
     WEIGHT: tl.constexpr = 0 if label_weights is None else 2
     # As in quality_kernel.
@@ -749,6 +753,7 @@ def head_cls_kernel(
                     inside,
                     read,
                     g_factor,
+                    tl.full((), alpha, ACC),
                     tl.full((), beta, ACC),
                     C,
                     TILE,
@@ -756,7 +761,7 @@ def head_cls_kernel(
                     UNROLL,
                     1,
                     CLAMPED,
-                    False,
+                    FORM,
                     SQUARE,
                     WEIGHT,
                     losses is not None,
@@ -1004,6 +1009,11 @@ def head_boxes(
     return quality, weight, sums, normalisers, boxes
 
 
+def _check_form(form: int, targets) -> None:
+    if form != LOGITS and not (form == VARIFOCAL and targets):
+        raise ValueError(f"head: form must be LOGITS, or with targets VARIFOCAL, got {form}")
+
+
 def _launch_cls(
     cls,
     labels,
@@ -1012,6 +1022,8 @@ def _launch_cls(
     quality,
     sums,
     normalisers,
+    form,
+    alpha,
     beta,
     loss_weights,
     *,
@@ -1067,11 +1079,13 @@ def _launch_cls(
             0 if upstream[1] is None else upstream[1].stride(0),
             quality.shape[1],
             *loss_weights,
+            alpha,
             beta,
             C=classes,
             TILE=shape.rows,
             STEP=shape.step,
             UNROLL=shape.unroll,
+            FORM=form,
             maxnreg=None if cls[0].dtype is torch.float64 else 64 if losses else 72,
             SQUARE=beta == 2,
             ACC=acc_type(cls[0].dtype),
@@ -1161,23 +1175,27 @@ def head_forward(
     iou,
     iou_eps,
     limit,
+    form,
+    alpha,
     beta,
     loss_weights,
     write_grad,
 ) -> tuple:
     """gfl_kernels::head_forward."""
     _check(cls, box, points, labels, box_targets, targets, label_weights)
+    _check_form(form, targets)
     make = sums.new_empty if quality.numel() else sums.new_zeros
     losses = tuple(make(shape) for shape in [()] * 3 + [(len(cls),)] * 3)
     if quality.numel():
-        rest = (quality, sums, normalisers, beta, loss_weights)
+        rest = (quality, sums, normalisers, form, alpha, beta, loss_weights)
         _launch_cls(cls, labels, targets, label_weights, *rest, losses=losses)
     if not write_grad:
         return *losses, []
     ones = [sums.new_ones(())] * 3
     lists = (cls, box, points, labels, box_targets, targets, label_weights)
-    rest = (quality, weight, sums, normalisers, strides, iou, iou_eps, limit, beta, loss_weights)
-    return *losses, head_backward(*ones, None, None, None, *lists, *rest)
+    rest = (quality, weight, sums, normalisers, strides, iou, iou_eps, limit)
+    cls_loss = (form, alpha, beta, loss_weights)
+    return *losses, head_backward(*ones, None, None, None, *lists, *rest, *cls_loss)
 
 
 def head_backward(
@@ -1202,11 +1220,14 @@ def head_backward(
     iou,
     iou_eps,
     limit,
+    form,
+    alpha,
     beta,
     loss_weights,
 ) -> list[Tensor]:
     """gfl_kernels::head_backward: the gradients of cls, then of box."""
     _check(cls, box, points, labels, box_targets, targets, label_weights)
+    _check_form(form, targets)
     cls_grad = tuple(torch.empty_like(level) for level in cls)
     box_grad = tuple(torch.empty_like(level) for level in box)
     if quality.numel():
@@ -1218,6 +1239,8 @@ def head_backward(
             quality,
             sums,
             normalisers,
+            form,
+            alpha,
             beta,
             loss_weights,
             upstream=(grad_cls, grad_levels_cls),

@@ -26,7 +26,7 @@ i32, i64, fp64 = int, int, float
 
 # Reductions and forms as ops.py numbers them.
 NONE, SUM, MEAN = 0, 1, 2
-LOGITS, PROBABILITIES = 0, 1
+LOGITS, PROBABILITIES, VARIFOCAL = 0, 1, 2
 
 
 _one_launch = threading.Lock()

@@ -295,6 +295,42 @@ def quality_probability_loss_grad(
     return power * b, power * bce_slope + slope * b
 
 
+@triton.jit
+def varifocal_loss_grad(
+    x,
+    q,
+    positive,
+    alpha,
+    gamma,
+    SQUARE: tl.constexpr,
+    DETACHED: tl.constexpr,
+    FAST: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Varifocal Loss: L = w B, w = q on positives, alpha s^gamma on the others; dL/dx = w d, on the
+    others + w gamma (1 - s) B unless the weight is DETACHED.
+
+    SQUARE: gamma is 2.
+    """
+    log1p_e, w, _, a, _, r = logistic(x, FAST, HALF)
+    right = x >= 0.0
+    s = tl.where(right, r, w)
+    tau = tl.where(right, 1.0 - q, q)
+    b = cross_entropy(a, tau, log1p_e)
+    d = tau - w
+    d = tl.where(right, d, -d)
+    if SQUARE:
+        power = s * s
+    else:
+        log_s = -(log1p_e + tl.where(right, 0.0, a))
+        power = tl.where(gamma == 0.0, 1.0, pow_abs(log_s, gamma))
+    weight = tl.where(positive, q, alpha * power)
+    if not DETACHED:
+        rest = tl.where(right, w, r)  # 1 - s
+        d += tl.where(positive, 0.0, gamma * (rest * b))
+    return weight * b, weight * d
+
+
 # Distribution family
 
 

@@ -18,6 +18,7 @@ from .launch import (
     PROBABILITIES,
     ROWS,
     SCALAR,
+    VARIFOCAL,
     acc_type,
     beside_columns,
     columns_ahead,
@@ -45,10 +46,13 @@ from .math import (
     quality_loss_grad,
     quality_probability_loss_grad,
     quality_square_loss_grad,
+    varifocal_loss_grad,
 )
 
 _MATRICES = ("pred", "grad", "target", "weight")
 _VECTORS = ("score", "upstream")
+
+PROBABILITIES_FORM, VARIFOCAL_FORM = tl.constexpr(PROBABILITIES), tl.constexpr(VARIFOCAL)
 
 # From so many classes on it pays to work out the label's element apart from the background, whose
 # formulas are shorter.
@@ -71,15 +75,18 @@ def class_index(label, C: tl.constexpr):
 def element_loss_grad(
     x,
     q,
+    alpha,
     beta,
     BACKGROUND: tl.constexpr,  # q is 0
-    PROBABILITIES: tl.constexpr,
+    FORM: tl.constexpr,
     SQUARE: tl.constexpr,
     FAST: tl.constexpr,
     HALF: tl.constexpr,
 ):
     """(loss, gradient) of an element in whatever form x and beta have."""
-    if PROBABILITIES:
+    if FORM == VARIFOCAL_FORM:
+        return varifocal_loss_grad(x, q, q > 0.0, alpha, beta, SQUARE, False, FAST, HALF)
+    elif FORM == PROBABILITIES_FORM:
         return quality_probability_loss_grad(x, q, beta, SQUARE, BACKGROUND, FAST)
     elif not SQUARE:
         return quality_loss_grad(x, q, beta, FAST)
@@ -103,6 +110,7 @@ def quality_rows(
     inside,
     read,
     g_factor,  # [TILE_ROWS]
+    alpha,
     beta,
     C: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -110,7 +118,7 @@ def quality_rows(
     UNROLL: tl.constexpr,
     RUNS: tl.constexpr,
     CLAMPED: tl.constexpr,
-    PROBABILITIES: tl.constexpr,
+    FORM: tl.constexpr,
     SQUARE: tl.constexpr,
     WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
@@ -129,7 +137,7 @@ def quality_rows(
     their gradients times g_factor. Weights of elements are read here, those of rows are not.
     """
     HALF: tl.constexpr = pred[0].dtype.element_ty.primitive_bitwidth == 16
-    OFF: tl.constexpr = 0.0 if PROBABILITIES else float("-inf")
+    OFF: tl.constexpr = 0.0 if FORM == PROBABILITIES_FORM else float("-inf")
     LABEL_APART: tl.constexpr = label is not None and C >= APART_CLASSES
     if LABEL_APART:
         # The label's own element; all others are background.
@@ -137,7 +145,7 @@ def quality_rows(
         label_at = in_matrix(pred, outer, middle, row, label, PRED_CONTIGUOUS, PRED_UNIT)
         x_label = tl.load(label_at, mask=has_label, other=0).to(ACC)
         label_loss, label_grad = element_loss_grad(
-            x_label, quality, beta, False, PROBABILITIES, SQUARE, FAST, HALF
+            x_label, quality, alpha, beta, False, FORM, SQUARE, FAST, HALF
         )
         label_loss = tl.where(has_label, label_loss, 0.0)
         label_grad = tl.where(has_label, label_grad, 0.0)
@@ -180,7 +188,7 @@ def quality_rows(
                 q = 0.0
             else:
                 q = tl.where(here, quality[:, None], 0.0)
-        element, g = element_loss_grad(x, q, beta, LABEL_APART, PROBABILITIES, SQUARE, FAST, HALF)
+        element, g = element_loss_grad(x, q, alpha, beta, LABEL_APART, FORM, SQUARE, FAST, HALF)
         if LABEL_APART and grad[0] is not None:
             g = tl.where(here, label_grad[:, None], g)
         if WEIGHT == 3:
@@ -246,7 +254,7 @@ def quality_kernel(
     STEP: tl.constexpr,  # classes
     UNROLL: tl.constexpr,
     RUNS: tl.constexpr,
-    PROBABILITIES: tl.constexpr,
+    FORM: tl.constexpr,  # LOGITS or PROBABILITIES
     SQUARE: tl.constexpr,  # beta is 2
     WEIGHT: tl.constexpr,  # ABSENT, SCALAR, PER_ROW or PER_ELEMENT, as the next two
     LOSS: tl.constexpr,
@@ -312,6 +320,7 @@ def quality_kernel(
         inside,
         read,
         g_factor,
+        None,
         beta,
         C,
         TILE_ROWS,
@@ -319,7 +328,7 @@ def quality_kernel(
         UNROLL,
         RUNS,
         CLAMPED,
-        PROBABILITIES,
+        FORM,
         SQUARE,
         WEIGHT,
         LOSS != 0,
@@ -461,7 +470,7 @@ def _launch(
             STEP=shape.step,
             UNROLL=shape.unroll,
             maxnreg=64 if pred.dtype is not torch.float64 else None,
-            PROBABILITIES=form == PROBABILITIES,
+            FORM=form,
             SQUARE=square,
             WEIGHT=(
                 ABSENT if weight is None else PER_ELEMENT if weight.dim() == pred.dim() else PER_ROW

@@ -52,9 +52,12 @@ typedef struct {
   const int64_t* strides;
 } gfl_view;
 
-typedef enum { GFL_LOGITS = 0, GFL_PROBABILITIES = 1 } gfl_form;
+/* A loss of the quality family and what pred holds: Quality Focal Loss on logits or on
+ * probabilities, Varifocal Loss on logits. */
+typedef enum { GFL_LOGITS = 0, GFL_PROBABILITIES = 1, GFL_VARIFOCAL = 2 } gfl_form;
 
-/* Quality Focal Loss: L = |sigmoid(x) - q|^beta BCE(x, q), summed over the classes of each row.
+/* Quality Focal Loss: L = |sigmoid(x) - q|^beta BCE(x, q), summed over the classes of each row; or
+ * (on the CPU) Varifocal Loss: L = q BCE(x, q) where q > 0, else alpha sigmoid(x)^beta BCE(x, q).
  * Loss and gradient are multiplied by scale and, with avg_factor, divided by avg_factor +
  * eps(float32). Optional views may be NULL. */
 typedef struct {
@@ -68,9 +71,10 @@ typedef struct {
   const gfl_view*
       loss; /* [...] per row or [] for the sum, optional; float32, float64 for float64 */
   const gfl_view* grad; /* [..., C] in pred's dtype, optional */
-  gfl_form form;        /* what pred holds */
+  gfl_form form;
   double beta;
   double scale;
+  double alpha; /* of Varifocal Loss */
 } gfl_quality_args;
 
 #define GFL_CUDA_WORKSPACE_BYTES 32768
@@ -136,7 +140,10 @@ typedef struct {
   const gfl_view* normalisers; /* [2] divisors: the sum over images of max(positives, 1), with
                                   targets that of the weights; the sum of the weights */
   const gfl_view* boxes;       /* [B, A, 4] pixels, of positives, 0 elsewhere; optional */
-  /* For gfl_head_*: three losses and three arrays [levels], of classes, box and DFL. */
+  /* For gfl_head_*: three losses and three arrays [levels], of classes, box and DFL. form, alpha
+   * and beta are those of gfl_quality_args; Varifocal Loss needs targets. */
+  gfl_form form;
+  double alpha;
   double beta;
   double loss_weights[3];
   const gfl_view* losses[6];      /* all or none */
