@@ -190,30 +190,31 @@ def head_workspace(arguments):
 
 
 @functools.cache
-def _entries(arch):
+def _entries(file, arch):
     """Demangled name -> PTX with this kernel alone: to parse them all takes 15 seconds."""
     # The cache of ptxsim does not see headers in other folders than the source's.
     above = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(CSRC.glob("*.h"))))
+    text = ptxsim.compile_ptx(
+        file, f"sm_{arch}", [CSRC / "include"], {"GFL_HEADERS": above.hexdigest()}, OPTIONS
+    )
+    # Into which function a line was inlined stands in a table that is left out here.
+    text = re.sub(r"^(\s*\.loc\s[^,\n]*),.*", r"\1", text, flags=re.M)
+    head, *entries = re.split(r"^(?=(?:\.visible )?\.entry )", text, flags=re.M)
+    entries[-1], end, _ = entries[-1].partition("\n}\n")
+    entries[-1] += end
+    files = "".join(re.findall(r"^\.file.*\n|^\t\.file.*\n", text, re.M))
     found = {}
-    for file in sorted((CSRC / "cuda").glob("*.cu")):
-        text = ptxsim.compile_ptx(
-            file, f"sm_{arch}", [CSRC / "include"], {"GFL_HEADERS": above.hexdigest()}, OPTIONS
-        )
-        # Into which function a line was inlined stands in a table that is left out here.
-        text = re.sub(r"^(\s*\.loc\s[^,\n]*),.*", r"\1", text, flags=re.M)
-        head, *entries = re.split(r"^(?=(?:\.visible )?\.entry )", text, flags=re.M)
-        entries[-1], end, _ = entries[-1].partition("\n}\n")
-        entries[-1] += end
-        files = "".join(re.findall(r"^\.file.*\n|^\t\.file.*\n", text, re.M))
-        for entry in entries:
-            name = ptxsim.demangle(re.search(r"\.entry (\w+)", entry).group(1))
-            found[name] = f"{head}{entry}{files}\n"
+    for entry in entries:
+        name = ptxsim.demangle(re.search(r"\.entry (\w+)", entry).group(1))
+        found[name] = f"{head}{entry}{files}\n"
     return found
 
 
 def ptx(name, arch=90):
-    found = [text for full, text in _entries(arch).items() if f"{name}(" in full]
-    assert len(found) == 1, (name, list(_entries(arch)))
+    defined = re.compile(rf"^ +{name.partition('<')[0]}\(", re.M)  # below its __global__
+    (file,) = (f for f in sorted((CSRC / "cuda").glob("*.cu")) if defined.search(f.read_text()))
+    found = [text for full, text in _entries(file, arch).items() if f"{name}(" in full]
+    assert len(found) == 1, (name, list(_entries(file, arch)))
     return found[0]
 
 

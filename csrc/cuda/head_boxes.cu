@@ -156,7 +156,7 @@ GFL_DEVICE A weight_of(const HeadShape& s, const HeadLevel& level, int image, in
 // quality, weight and boxes of every cell, and the block's sums: of box loss, DFL, weight and number
 // of positives, partials [4, tiles].
 template <int kDtype>
-__global__ void __launch_bounds__(kBoxThreads)
+__global__ void __launch_bounds__(kBoxThreads, 4)
     head_boxes_kernel(void* quality, void* weight, void* boxes, double* partials,
                       const __grid_constant__ HeadShape s) {
   using A = typename Element<kDtype>::acc;
@@ -313,7 +313,7 @@ GFL_DEVICE void zero_planes(const HeadShape& s, const HeadLevel& level, const Ti
 }
 
 template <int kDtype>
-__global__ void __launch_bounds__(kBoxThreads)
+__global__ void __launch_bounds__(kBoxThreads, 4)
     head_box_grad_kernel(const void* weight, const void* normalisers, const void* up_bbox,
                          const void* up_dfl, const void* up_levels_bbox, const void* up_levels_dfl,
                          const __grid_constant__ HeadShape s) {
