@@ -170,7 +170,7 @@ def head_arguments(lists, box_options, **others):
             value = views(value)
         elif name == "loss_weights":
             value = (ctypes.c_double * 3)(*value)
-        elif isinstance(value, torch.Tensor):
+        elif not isinstance(value, (int, float)):
             value = view(value)
         setattr(arguments, name, value)
     return arguments

@@ -367,7 +367,10 @@ def test_head_agrees_with_the_cpu_kernels():
     def results():
         for s in calls:
             out, grads = head_step(s, return_boxes=True)
-            yield from (t.detach() for t in (*out, *grads))
+            strides = zip(s.others[0], s.options["strides"], strict=True)
+            strides = torch.cat([torch.full((len(points), 1), float(x)) for points, x in strides])
+            # Boxes are in pixels, and computed in units of the stride.
+            yield from (t.detach() for t in (*out[:6], out.boxes / strides, out.iou, *grads))
 
     with SimulatedCuda():
         got = list(results())
@@ -434,6 +437,36 @@ def test_head_gradient_with_the_losses(compiled):
     assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
 
 
+def test_head_checks_what_memory_safety_needs(compiled):
+    lists, box, _ = head_arguments(scene())
+    launched = len(compiled.launches)
+    for i in range(5):
+        for wrong in (
+            [t[:, :1] for t in lists[i]],
+            [t[:1] for t in lists[i]],
+            [t.unsqueeze(0) for t in lists[i]],
+            [lists[i][0], *(t.to(torch.int8) for t in lists[i][1:])],
+        ):
+            changed = [*lists]
+            changed[i] = wrong
+            with pytest.raises(ValueError, match="^gfl_head"):
+                compiled.head_boxes(*changed, *box, False)
+    assert len(compiled.launches) == launched
+
+
+def test_head_beyond_2_to_31_elements():
+    """Images that lie so far apart: memory that nobody touches but where they are."""
+    s = scene(sizes=((4, 4),), strides=(8,), dtype=torch.bfloat16)
+    far = (1 << 31) + 64
+    memory = torch.empty(far + 16 * (5 + 68), dtype=torch.bfloat16)
+    cls = memory.as_strided((2, 5, 4, 4), (far, 16, 4, 1))
+    box = memory.as_strided((2, 68, 4, 4), (far, 16, 4, 1), 5 * 16)
+    with SimulatedCuda():
+        expected = HEAD(s.cls, s.box, *s.others, **s.options)
+        got = HEAD([cls.copy_(s.cls[0])], [box.copy_(s.box[0])], *s.others, **s.options)
+    assert all(torch.equal(a, b) for a, b in zip(got[:6], expected[:6], strict=True))
+
+
 @pytest.mark.parametrize("layout", ["channels_last", "nchw"])
 def test_head_launches_and_memory(layout):
     """Four launches forward and two backward for five levels; every class logit read once a pass,
@@ -488,7 +521,7 @@ def test_head_launches_and_memory(layout):
         assert report.dram_bytes_read + report.dram_bytes_written < 4096
 
 
-@pytest.mark.parametrize("dtype", [0, 2, 3])
+@pytest.mark.parametrize("dtype", [0, 2])
 def test_head_registers(dtype):
     variants = [form | layout | part for form in (0, 20, 36) for layout in (0, 8) for part in (1, 2)]
     for name in (f"head_class_kernel<{dtype}, {variant}>" for variant in variants):
