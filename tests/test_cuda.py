@@ -6,6 +6,8 @@ either order, so that a missing barrier shows; approximate instructions err as m
 documentation allows.
 """
 
+import itertools
+
 import pytest
 import torch
 from compiled_cases import (  # noqa: F401
@@ -295,8 +297,9 @@ def test_head_layouts(compiled, layout):
         check(s)
         return
     whole = [t.contiguous() for t in (*s.cls, *s.box)]
-    got, expected = HEAD(s.cls, s.box, *s.others, **s.options), HEAD(
-        whole[:3], whole[3:], *s.others, **s.options
+    got, expected = (
+        HEAD(s.cls, s.box, *s.others, **s.options),
+        HEAD(whole[:3], whole[3:], *s.others, **s.options),
     )
     torch.testing.assert_close(got[:3], expected[:3], rtol=1e-6, atol=0)
 
@@ -523,8 +526,8 @@ def test_head_launches_and_memory(layout):
 
 @pytest.mark.parametrize("dtype", [0, 2])
 def test_head_registers(dtype):
-    variants = [form | layout | part for form in (0, 20, 36) for layout in (0, 8) for part in (1, 2)]
-    for name in (f"head_class_kernel<{dtype}, {variant}>" for variant in variants):
+    for form, layout, part in itertools.product((0, 20, 36), (0, 8), (1, 2)):
+        name = f"head_class_kernel<{dtype}, {form | layout | part}>"
         try:
             (info,) = ptxsim.ptxas_info(ptx(name)).values()
         except ptxsim.PtxSimError as error:

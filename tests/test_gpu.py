@@ -78,9 +78,8 @@ def _with_strides(t):
     if t.is_contiguous():
         return t.cuda()
     size = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
-    return torch.full((size,), float("nan"), dtype=t.dtype, device="cuda").as_strided(
-        t.shape, t.stride()
-    ).copy_(t)
+    memory = torch.full((size,), float("nan"), dtype=t.dtype, device="cuda")
+    return memory.as_strided(t.shape, t.stride()).copy_(t)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -43,8 +43,7 @@ GFL_DEVICE double class_factor(const HeadShape& s, const void* normalisers) {
 }
 template <typename A>
 GFL_DEVICE double box_factor(const HeadShape& s, const void* normalisers, int term) {
-  return s.loss_weights[term] /
-         at_least_1(static_cast<const A*>(normalisers)[s.normaliser_step]);
+  return s.loss_weights[term] / at_least_1(static_cast<const A*>(normalisers)[s.normaliser_step]);
 }
 
 // The upstream gradient of a term (classes, box, DFL) at a level: of its total, of the level, both,

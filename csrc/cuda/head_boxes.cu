@@ -134,8 +134,8 @@ GFL_DEVICE A larger_or_nan(A a, A b) {
   return a > b || a != a ? a : b;
 }
 
-// The weight of a positive: its highest score, NaN if one of them is, or the sum of its targets. The
-// whole warp takes part.
+// The weight of a positive: its highest score, NaN if one of them is, or the sum of its targets.
+// The whole warp takes part.
 template <typename A>
 GFL_DEVICE A weight_of(const HeadShape& s, const HeadLevel& level, int image, int cell) {
   const HeadMatrix& scores = level.targets;
@@ -153,8 +153,8 @@ GFL_DEVICE A weight_of(const HeadShape& s, const HeadLevel& level, int image, in
   return sigmoid(highest);
 }
 
-// quality, weight and boxes of every cell, and the block's sums: of box loss, DFL, weight and number
-// of positives, partials [4, tiles].
+// quality, weight and boxes of every cell, and the block's sums: of box loss, DFL, weight and
+// number of positives, partials [4, tiles].
 template <int kDtype>
 __global__ void __launch_bounds__(kBoxThreads, 4)
     head_boxes_kernel(void* quality, void* weight, void* boxes, double* partials,
@@ -221,8 +221,8 @@ __global__ void __launch_bounds__(kHeadFinishThreads)
   for (int i = warp; i < 3 * s.count; i += kAll) {
     const int number = i / 3, term = i - 3 * number;
     const HeadLevel& level = s.levels[number];
-    const double total =
-        sum_of_values(partials + (int64_t{term} * s.tiles + level.first_tile), s.batch * level.tiles);
+    const double total = sum_of_values(partials + (int64_t{term} * s.tiles + level.first_tile),
+                                       s.batch * level.tiles);
     if (lane == 0 && term == 2) weights[number] = total;
     if (lane == 0 && term < 2) {
       static_cast<A*>(sums)[number * s.sums_row + term * s.sums_column] = static_cast<A>(total);
@@ -296,10 +296,9 @@ GFL_DEVICE void zero_planes(const HeadShape& s, const HeadLevel& level, const Ti
   const int place = (threadIdx.x & (groups - 1)) * together, part = threadIdx.x / groups;
   if (place >= tile.count) return;
   const unsigned skip = positives.bits[place / 32] >> place % 32 & ((1u << together) - 1);
-  char* to = level.grad.data +
-             (offset_of_cell(level.grad, level, tile.image, tile.first + place) +
-              part * level.grad.column) *
-                 bytes;
+  char* to = level.grad.data + (offset_of_cell(level.grad, level, tile.image, tile.first + place) +
+                                part * level.grad.column) *
+                                   bytes;
   for (int k = part; k < 4 * s.bins; k += together) {
     if (level.wide && skip == 0) {
       *reinterpret_cast<uint4*>(to) = uint4{};
@@ -340,16 +339,15 @@ __global__ void __launch_bounds__(kBoxThreads, 4)
     const int cell = tile.first + positives.cells[i];
     const Assessment<A> a = assess_box<A>(s, level, tile.image, cell);
     const BoxLossGrad<A> r = box_loss_grad(s.iou, a.box, a.target, static_cast<A>(s.iou_eps));
-    const A w =
-        static_cast<const A*>(weight)[tile.image * s.anchors + level.anchor + cell];
+    const A w = static_cast<const A*>(weight)[tile.image * s.anchors + level.anchor + cell];
     A by_distance = r.grad[0];
 #pragma unroll
     for (int j = 1; j < 4; ++j) by_distance = side == j ? r.grad[j] : by_distance;
     by_distance = (side < 2 ? -by_distance : by_distance) * (w * bbox_factor);
     const A wl = a.wl * (w * dfl_factor), wr = a.wr * (w * dfl_factor);
     const SideLogits<A> z = logits_of_side<A>(s, level, tile.image, cell);
-    const int64_t to = offset_of_cell(level.grad, level, tile.image, cell) +
-                       side * s.bins * level.grad.column;
+    const int64_t to =
+        offset_of_cell(level.grad, level, tile.image, cell) + side * s.bins * level.grad.column;
     for (int k = lane; k < s.bins; k += kSideLanes) {
       const A p = exponential(z(k) - a.high) * a.inverse, bin = static_cast<A>(k);
       const A g = by_distance * expectation_grad(p, bin, a.distance) +
@@ -359,14 +357,12 @@ __global__ void __launch_bounds__(kBoxThreads, 4)
   }
 }
 
-
 }  // namespace
 
-#define GFL_OF_ACCUMULATOR(kernel)                                        \
-  const void* kernel##_at(int dtype) {                                    \
-    return dtype == GFL_FLOAT64                                           \
-               ? reinterpret_cast<const void*>(kernel<GFL_FLOAT64>)       \
-               : reinterpret_cast<const void*>(kernel<GFL_FLOAT32>);      \
+#define GFL_OF_ACCUMULATOR(kernel)                                                    \
+  const void* kernel##_at(int dtype) {                                                \
+    return dtype == GFL_FLOAT64 ? reinterpret_cast<const void*>(kernel<GFL_FLOAT64>)  \
+                                : reinterpret_cast<const void*>(kernel<GFL_FLOAT32>); \
   }
 
 GFL_OF_ACCUMULATOR(head_boxes_kernel)

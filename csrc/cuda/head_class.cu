@@ -29,10 +29,9 @@ const void* find_among(int variant) {
 template <int kDtype>
 const void* find(int variant) {
   constexpr int kBce = kDense | kCrossEntropy, kVfl = kDense | kVarifocal;
-  return find_among<kDtype, kLoss, kGrad, kLoss | kPlanes, kGrad | kPlanes,               //
-                    kLoss | kBce, kGrad | kBce, kLoss | kBce | kPlanes, kGrad | kBce | kPlanes,
-                    kLoss | kVfl, kGrad | kVfl, kLoss | kVfl | kPlanes, kGrad | kVfl | kPlanes>(
-      variant);
+  return find_among<kDtype, kLoss, kGrad, kPlanes | kLoss, kPlanes | kGrad, kBce | kLoss,
+                    kBce | kGrad, kBce | kPlanes | kLoss, kBce | kPlanes | kGrad, kVfl | kLoss,
+                    kVfl | kGrad, kVfl | kPlanes | kLoss, kVfl | kPlanes | kGrad>(variant);
 }
 
 }  // namespace

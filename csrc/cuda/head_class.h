@@ -17,9 +17,7 @@ struct TileCells {
 
   GFL_MEMBER bool read(int place) const { return weights[place] != 0; }
   // Of the loss or of the gradient. A cell of weight 0 stays out whatever comes from upstream.
-  GFL_MEMBER A scale(int place) const {
-    return read(place) ? weights[place] * factor : A(0);
-  }
+  GFL_MEMBER A scale(int place) const { return read(place) ? weights[place] * factor : A(0); }
 };
 
 template <int kVariant, typename A>
@@ -278,9 +276,8 @@ GFL_DEVICE void class_tile(const void* quality, const void* normalisers, const v
                           offset_of_cell(level.label_weights, tile.image, cell));
       }
       if (!work.dense() && w != 0) {
-        cells.labels[place] =
-            class_of(level.labels.data, s.label_dtype,
-                     offset_of_cell(level.labels, tile.image, cell), s.classes);
+        cells.labels[place] = class_of(level.labels.data, s.label_dtype,
+                                       offset_of_cell(level.labels, tile.image, cell), s.classes);
         cells.qualities[place] = qualities[place];
       }
     }

@@ -95,8 +95,8 @@ int gfl_integral_cuda(const gfl_integral_args* args, void* stream) {
 
 int64_t gfl_head_cuda_workspace_bytes(const gfl_head_args* args) {
   int64_t doubles = 0;
-  const int failed = gfl::guarded(
-      [&] { doubles = gfl::head_workspace("gfl_head_cuda_workspace_bytes", *args); });
+  const int failed =
+      gfl::guarded([&] { doubles = gfl::head_workspace("gfl_head_cuda_workspace_bytes", *args); });
   return failed ? -1 : 8 * doubles;
 }
 

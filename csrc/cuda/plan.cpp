@@ -108,11 +108,16 @@ void add_argument(Launch* launch, const T& value) {
 }
 
 void set_kernel(Launch* launch, KernelFamily family, int dtype, int variant = -1) {
-  static const char* const names[] = {"quality_kernel", "quality_general_kernel",
-                                      "distribution_kernel", "distribution_general_kernel",
-                                      "finish_kernel", "head_boxes_kernel",
-                                      "head_boxes_finish_kernel", "head_class_kernel",
-                                      "head_class_general_kernel", "head_losses_kernel",
+  static const char* const names[] = {"quality_kernel",
+                                      "quality_general_kernel",
+                                      "distribution_kernel",
+                                      "distribution_general_kernel",
+                                      "finish_kernel",
+                                      "head_boxes_kernel",
+                                      "head_boxes_finish_kernel",
+                                      "head_class_kernel",
+                                      "head_class_general_kernel",
+                                      "head_losses_kernel",
                                       "head_box_grad_kernel"};
   launch->family = family;
   launch->dtype = dtype;
@@ -309,9 +314,9 @@ class Head {
       if (h.batch != first.batch || h.classes != first.classes || h.bins != first.bins) {
         fail(name_ + ": all levels must have as many images, classes and bins");
       }
-      for (const auto operand : {&HeadProblem::cls, &HeadProblem::scores, &HeadProblem::box,
-                                 &HeadProblem::points, &HeadProblem::labels,
-                                 &HeadProblem::box_targets, &HeadProblem::label_weights}) {
+      for (const auto operand :
+           {&HeadProblem::cls, &HeadProblem::scores, &HeadProblem::box, &HeadProblem::points,
+            &HeadProblem::labels, &HeadProblem::box_targets, &HeadProblem::label_weights}) {
         if ((h.*operand).dtype != (first.*operand).dtype) {
           fail(name_ + ": a list must have one dtype in all levels");
         }
@@ -375,7 +380,8 @@ class Head {
     set_tiles(&s, kBoxThreads);
     if (s.tiles > 0) {
       Launch* const launch = add(plan, kHeadBoxesKernel, accumulator_, s, kBoxThreads);
-      add_arguments(launch, {args_.quality->data, args_.weight->data, data_of(args_.boxes), partials});
+      add_arguments(launch,
+                    {args_.quality->data, args_.weight->data, data_of(args_.boxes), partials});
       add_argument(launch, s);
     }
     Launch* const finish = add(plan, kHeadBoxesFinishKernel, accumulator_, s, kHeadFinishThreads);
@@ -392,16 +398,17 @@ class Head {
       const gfl_dtype dtype = levels_[0].cls.dtype;
       int variant = -1;
       if (family == kHeadClassKernel) {
-        variant = (has_grad ? kGrad : kLoss) | (s.planes ? kPlanes : 0) |
-                  (s.dense ? kDense : 0) |
-                  (s.varifocal ? kVarifocal : s.dense ? kCrossEntropy : 0);
+        variant = (has_grad ? kGrad : kLoss) | (s.planes ? kPlanes : 0) | (s.dense ? kDense : 0) |
+                  (s.varifocal ? kVarifocal
+                   : s.dense   ? kCrossEntropy
+                               : 0);
       }
       Launch* const launch = add(plan, family, dtype, s, kClassThreads, variant);
       launch->shared_bytes = static_cast<int32_t>(
           s.tile_cells * (2 * element_bytes(accumulator_) + static_cast<int64_t>(sizeof(int32_t))));
-      add_arguments(launch, {args_.quality->data, args_.normalisers->data,
-                             data_of(args_.grad_losses[0]), data_of(args_.grad_losses[3]),
-                             has_grad ? nullptr : partials});
+      add_arguments(launch,
+                    {args_.quality->data, args_.normalisers->data, data_of(args_.grad_losses[0]),
+                     data_of(args_.grad_losses[3]), has_grad ? nullptr : partials});
       add_argument(launch, s);
     }
     if (has_grad) return;
@@ -422,8 +429,8 @@ class Head {
       HeadLevel& level = s.levels[l];
       set_level(h, h.box, {}, h.grad, &level);
       level.wide = planes_aligned(level, level.grad, vector, h.batch);
-      level.packed = level.grad.column == 1 && level.grad.cell == 4 * h.bins &&
-                     level.width == level.cells;
+      level.packed =
+          level.grad.column == 1 && level.grad.cell == 4 * h.bins && level.width == level.cells;
     }
     set_tiles(&s, kBoxThreads);
     if (s.tiles == 0) return;
@@ -440,9 +447,7 @@ class Head {
     return {o.data, o.row[0], o.row[1], h.width == 1 && h.cells > 1 ? o.row[1] : o.row[2],
             o.column};
   }
-  static HeadVector vector_of(const Operand& o) {
-    return {o.data, o.row[0], o.row[1], o.column};
-  }
+  static HeadVector vector_of(const Operand& o) { return {o.data, o.row[0], o.row[1], o.column}; }
   static bool has_gaps(const HeadProblem& h, const HeadMatrix& matrix) {
     return matrix.data && h.width < h.cells && matrix.row != h.width * matrix.cell;
   }
@@ -458,8 +463,8 @@ class Head {
     level->label_weights = vector_of(h.label_weights);
     level->stride = h.stride;
     level->cells = static_cast<int32_t>(h.cells);
-    const bool gaps = has_gaps(h, level->logits) || has_gaps(h, level->targets) ||
-                      has_gaps(h, level->grad);
+    const bool gaps =
+        has_gaps(h, level->logits) || has_gaps(h, level->targets) || has_gaps(h, level->grad);
     level->width = static_cast<int32_t>(gaps ? h.width : h.cells);
   }
 
@@ -490,8 +495,8 @@ class Head {
   // Whether every cell is aligned whose columns are neighbours.
   static bool columns_aligned(const HeadLevel& level, const HeadMatrix& m, int64_t vector,
                               int64_t batch) {
-    return m.column == 1 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 &&
-           m.cell % vector == 0 && (level.width == level.cells || m.row % vector == 0) &&
+    return m.column == 1 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.cell % vector == 0 &&
+           (level.width == level.cells || m.row % vector == 0) &&
            (batch == 1 || m.image % vector == 0);
   }
 

@@ -80,8 +80,8 @@ struct DistributionShape {
   int32_t slots;                     // vectors that a row may touch
 };
 
-// Heads: all levels of a pyramid in one launch, a block to a tile, which is neighbouring cells of one
-// image of one level. One structure serves all stages; each has its own tiles.
+// Heads: all levels of a pyramid in one launch, a block to a tile, which is neighbouring cells of
+// one image of one level. One structure serves all stages; each has its own tiles.
 constexpr int kMaxHeadLevels = 12;  // as 4 KiB of kernel parameters allow
 constexpr int kBoxThreads = 128;    // and cells of a tile of boxes
 constexpr int kClassThreads = 256;
@@ -106,10 +106,10 @@ struct HeadLevel {
   HeadMatrix targets;  // of the classes; for head_boxes_kernel what a positive's weight is made of
   HeadMatrix grad;     // of logits
   HeadVector points, labels, box_targets, label_weights;
-  int64_t anchor;  // the number of its first one in an image
-  double stride;   // in pixels
-  int32_t cells;   // of an image
-  int32_t width;   // as many as cells if no matrix has a gap between rows
+  int64_t anchor;             // the number of its first one in an image
+  double stride;              // in pixels
+  int32_t cells;              // of an image
+  int32_t width;              // as many as cells if no matrix has a gap between rows
   int32_t first_tile, tiles;  // of the launch; of an image
   // Whether logits and grad, or grad alone in head_box_grad_kernel, are whole aligned vectors along
   // the launch's contiguous dimension; whether the targets are, along the same.
