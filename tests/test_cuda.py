@@ -524,6 +524,19 @@ def test_head_launches_and_memory(layout):
         assert report.dram_bytes_read + report.dram_bytes_written < 4096
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_odd_rows_move_in_vectors_too(compiled, dtype):
+    s = scene(sizes=((6, 5), (2, 3)), strides=(8, 16), classes=365, reg_max=3, dtype=dtype)
+    s.cls, s.box = ([HEAD_LAYOUTS["channels_last"](t) for t in level] for level in (s.cls, s.box))
+    check(s)
+    _, _, forward, _, backward, _ = compiled.reports
+    for report, name in ((forward, "cls.0"), (backward, "cls.0"), (backward, "grad_cls.0")):
+        assert report.traffic(name).wide_share(16) > 0.95
+    cls, box, *others = aligned(classes=19, dtype=dtype)
+    s, function = one_level(cls, box, *others)
+    check(s, function=function)
+
+
 @pytest.mark.parametrize("dtype", [0, 2])
 def test_head_registers(dtype):
     for form, layout, part in itertools.product((0, 20, 36), (0, 8), (1, 2)):

@@ -59,6 +59,12 @@ struct ClassTile {
     return offset_of_cell(level.targets, level, tile.image, tile.first + place);
   }
 
+  GFL_MEMBER LossGrad<A> element(const T* x, int64_t q_at, bool is_label, A quality) const {
+    const A q = dense() ? load_value<A>(level.targets.data, s.target_dtype, q_at)
+                        : (is_label ? quality : A(0));
+    return class_loss_grad<kVariant>(static_cast<A>(widen(*x)), q, s);
+  }
+
   // Element by element, for any strides.
   GFL_MEMBER A elements() const {
     const int bits = planes() ? 0 : s.element_lane_bits, lane = threadIdx.x % 32;
@@ -79,11 +85,7 @@ struct ClassTile {
 #pragma unroll 1
       for (int c = part; c < s.classes; c += parts) {
         LossGrad<A> r{A(0), A(0)};
-        if (read) {
-          const A q = dense() ? load_value<A>(level.targets.data, s.target_dtype, q_at)
-                              : (c == label ? quality : A(0));
-          r = class_loss_grad<kVariant>(static_cast<A>(widen(*x)), q, s);
-        }
+        if (read) r = element(x, q_at, c == label, quality);
         if (has_grad()) {
           narrow(r.grad * scale, g);
           g += parts * level.grad.column;
@@ -149,9 +151,17 @@ struct ClassTile {
       float quality[V];
 #pragma unroll
       for (int i = 0; i < V; ++i) quality[i] = dense() ? 0 : cells.qualities[place];
+      // [head, tail) are whole vectors; the ends of a misaligned row go one by one.
+      int head = 0, tail = classes;
+      if (!level.wide) {
+        head = (16 - misalignment(x)) % 16 / sizeof(T);
+        const bool alike = !has_grad() || misalignment(g) == misalignment(x);
+        head = alike ? min(head, classes) : classes;
+        tail = head + (classes - head) / V * V;
+      }
       float row_loss = 0;
 #pragma unroll 1
-      for (int c = lane * V; c < classes; c += lanes * V) {
+      for (int c = head + lane * V; c < tail; c += lanes * V) {
         Vector<T> raw{};
         if (read) {
           raw = load_vector(x + c);
@@ -172,6 +182,18 @@ struct ClassTile {
           }
         }
         if (has_grad()) store_vector(g + c, raw);
+      }
+      const int ends = classes - (tail - head);
+#pragma unroll 1
+      for (int i = lane; i < ends; i += lanes) {
+        const int c = i < head ? i : i - head + tail;
+        LossGrad<float> r{0, 0};
+        if (read) r = element(x + c, q_at + c * level.targets.column, c == label, quality[0]);
+        if (has_grad()) {
+          narrow(r.grad * scale, g + c);
+        } else {
+          row_loss += r.loss;
+        }
       }
       total += row_loss * scale;
     }
@@ -288,12 +310,10 @@ GFL_DEVICE void class_tile(const void* quality, const void* normalisers, const v
   A total;
   if constexpr (Work::kGeneral) {
     total = work.elements();
-  } else if (!level.wide) {
-    total = work.elements();
   } else if constexpr ((kVariant & kPlanes) != 0) {
-    total = work.planes_of_cells();
+    total = level.wide ? work.planes_of_cells() : work.elements();
   } else {
-    total = work.rows();
+    total = level.columns ? work.rows() : work.elements();
   }
   if (!work.has_grad()) leave_sum<kClassThreads>(total, partials);
 }

@@ -525,7 +525,8 @@ class Head {
       };
       level.wide = (s->planes || s->classes % vector == 0) && fits(level.logits, vector) &&
                    (!has_grad || fits(level.grad, vector));
-      level.target_wide = s->dense && fits(level.targets, target_vector);
+      level.columns = level.logits.column == 1 && (!has_grad || level.grad.column == 1);
+      level.target_wide = level.wide && s->dense && fits(level.targets, target_vector);
     }
     const bool common = dtype != GFL_FLOAT64 && s->beta == (s->dense && !s->varifocal ? 0 : 2) &&
                         (!s->dense || target_dtype == dtype || target_dtype == GFL_FLOAT32);

@@ -114,7 +114,8 @@ struct HeadLevel {
   // Whether logits and grad, or grad alone in head_box_grad_kernel, are whole aligned vectors along
   // the launch's contiguous dimension; whether the targets are, along the same.
   bool wide, target_wide;
-  bool packed;  // grad of boxes: cells lie one after the other without gaps
+  bool columns;  // a cell's classes are neighbours
+  bool packed;   // grad of boxes: cells lie one after the other without gaps
 };
 
 struct HeadShape {
