@@ -92,6 +92,23 @@ void quality() {
     }
     expect("quality loss", loss[i], args.scale * weight[i] * row);
   }
+
+  // L = w B, w = q where q > 0, else alpha s^gamma.
+  args.form = GFL_VARIFOCAL;
+  args.alpha = 0.75;
+  require_ok(gfl_quality_cpu(&args));
+  for (int i = 0; i < N; ++i) {
+    double row = 0;
+    for (int c = 0; c < C; ++c) {
+      const double t = label[i] == c ? score[i] : 0.0, s = 1 / (1 + std::exp(-double(x[i][c])));
+      const double bce = t * softplus(-x[i][c]) + (1 - t) * softplus(x[i][c]);
+      const double factor = t > 0 ? t : args.alpha * s * s;
+      row += factor * bce;
+      expect("varifocal gradient", grad[i][c],
+             args.scale * weight[i] * factor * (s - t + (t > 0 ? 0 : 2 * (1 - s) * bce)));
+    }
+    expect("varifocal loss", loss[i], args.scale * weight[i] * row);
+  }
 }
 
 // L = lse(z) - wl z_l - wr z_r with l = floor(t), wr = t - l, wl = 1 - wr; dL/dz_k = p_k - wl[k=l]
