@@ -244,6 +244,17 @@ GFL_HD LossGrad<T> quality_square_loss_grad(T x, T q) {
   return {square * b, select(positive, g, -g)};
 }
 
+// Binary cross entropy, Quality Focal Loss with beta = 0:  L = B,  dL/dx = d.
+template <typename T>
+GFL_HD LossGrad<T> bce_with_logits_loss_grad(T x, T q) {
+  using S = scalar_t<T>;
+  const Logistic<T> c = logistic(x);
+  const auto positive = x >= S(0);
+  const T tau = select(positive, S(1) - q, q);
+  const T d = tau - c.w;  // sign(x) d
+  return {cross_entropy(c.a, tau, c.log1p_e), select(positive, d, -d)};
+}
+
 // Quality Focal Loss:  L = |d|^beta B,  dL/dx = |d|^beta d + beta |d|^(beta - 1) sign(d) s (1 - s)
 // B,  both terms of w = |d|^beta being 0^beta and 0 at d = 0.  For q = 0 the second is beta s^beta
 // (1 - s) B, finite for every beta >= 0: s (1 - s) / |d| is taken as 1 - s there, which matters
@@ -381,7 +392,20 @@ GFL_HD T expectation_grad(T p, T y, T expectation) {
   return p * (y - expectation);
 }
 
-// Box term. Boxes are x1, y1, x2, y2 in units of the stride.
+// Box term. Boxes are x1, y1, x2, y2 in units of the stride; sides 0 to 3 are left, top, right and
+// bottom. A point's coordinate is x for left and right, y for the others.
+
+// The box's coordinate at a distance from a point's: decode_box of a side.
+template <typename T>
+GFL_HD T decode_side(int side, T point, T distance) {
+  return side < 2 ? point - distance : point + distance;
+}
+
+// The distance of a box's coordinate from a point's, < 0 on its wrong side.
+template <typename T>
+GFL_HD T side_distance(int side, T point, T coordinate) {
+  return side < 2 ? point - coordinate : coordinate - point;
+}
 
 // sigmoid(x), the weight of a positive.
 template <typename T>

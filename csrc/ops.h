@@ -435,12 +435,7 @@ std::vector<Tensor> head_backward(
     m.impl("distribution_backward", TORCH_BOX(&distribution_backward<DEVICE>)); \
     m.impl("integral_forward", TORCH_BOX(&integral_forward<DEVICE>));           \
     m.impl("integral_backward", TORCH_BOX(&integral_backward<DEVICE>));         \
-  }
-
-// The ops of a whole head, too.
-#define GFL_IMPLEMENT_HEAD(KEY, DEVICE)                         \
-  STABLE_TORCH_LIBRARY_IMPL(gfl_native, KEY, m) {               \
-    m.impl("head_boxes", TORCH_BOX(&head_boxes<DEVICE>));       \
-    m.impl("head_forward", TORCH_BOX(&head_forward<DEVICE>));   \
-    m.impl("head_backward", TORCH_BOX(&head_backward<DEVICE>)); \
+    m.impl("head_boxes", TORCH_BOX(&head_boxes<DEVICE>));                       \
+    m.impl("head_forward", TORCH_BOX(&head_forward<DEVICE>));                   \
+    m.impl("head_backward", TORCH_BOX(&head_backward<DEVICE>));                 \
   }

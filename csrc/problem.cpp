@@ -261,15 +261,22 @@ HeadProblem describe(const char* name, const gfl_head_args& args, int level, int
     o.column = view.strides[cls.ndim - 1];
     return o;
   };
-  h.scores = logits("targets", args.targets ? args.targets[level] : cls, h.classes);
+  h.cls = logits("cls", cls, h.classes);
+  h.scores = args.targets ? logits("targets", args.targets[level], h.classes) : h.cls;
   h.box = logits("box", box, 4 * h.bins);
   h.points = per_cell("points", args.points[level], 2, false);
   h.labels = per_cell("labels", args.labels[level], 0, true);
   h.box_targets = per_cell("box_targets", args.box_targets[level], 4, true);
-  if (args.label_weights) per_cell("label_weights", args.label_weights[level], 0, true);
+  if (args.label_weights) {
+    h.label_weights = per_cell("label_weights", args.label_weights[level], 0, true);
+  }
   if (args.grad_box) {
     h.grad = logits("grad_box", args.grad_box[level], 4 * h.bins);
     if (h.grad.dtype != box.dtype) fail(where + "grad_box must have the dtype of box");
+  }
+  if (args.grad_cls) {
+    h.grad_cls = logits("grad_cls", args.grad_cls[level], h.classes);
+    if (h.grad_cls.dtype != cls.dtype) fail(where + "grad_cls must have the dtype of cls");
   }
 
   // What belongs to the anchors of all levels, without gaps.

@@ -49,10 +49,11 @@ struct DistributionProblem {
 struct HeadProblem {
   int64_t batch, cells, width;
   int64_t classes, bins;
+  Operand cls, label_weights, grad_cls;
   Operand scores;  // class logits, or the targets where there are some (`dense`)
   Operand box, points, labels, box_targets;
   Operand quality, weight, boxes;
-  Operand grad;  // of box; present: only it is written, else the four before
+  Operand grad;  // of box; present: the CPU kernel writes only it, else the three before
   bool dense;
   gfl_iou iou;
   double iou_eps, limit, stride;

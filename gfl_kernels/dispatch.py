@@ -15,10 +15,6 @@ from . import native
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Ops that a backend has no kernels for: the reference serves them, unless the backend is forced.
-_HEAD = frozenset(("gfl_loss", "task_aligned_loss", "head_boxes", "head_forward", "head_backward"))
-_MISSING = {"cuda": _HEAD}
-
 # Value checks of labels, scores and targets (they read the tensors): GFL_KERNELS_DEBUG=1.
 DEBUG = os.environ.get("GFL_KERNELS_DEBUG", "0") not in ("", "0")
 
@@ -126,10 +122,8 @@ def _tracing_for_export() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def _obstacle(op: str, backend: str, pred: Tensor, *constants: Tensor | None) -> str | None:
+def _obstacle(backend: str, pred: Tensor, *constants: Tensor | None) -> str | None:
     """Why a fused backend cannot serve this call; constants: what it has no derivative for."""
-    if op in _MISSING.get(backend, ()):
-        return "it has no kernels for the loss of a whole head"
     if backend == "cpu":
         if _cpu_error is not None:
             return _cpu_error
@@ -171,7 +165,7 @@ def choose(op: str, pred: Tensor, *constants: Tensor | None) -> str:
     backend = _candidate(pred)
     if backend == "reference" or _tracing_for_export():
         return "reference"
-    obstacle = _obstacle(op, backend, pred, *constants)
+    obstacle = _obstacle(backend, pred, *constants)
     if obstacle is None:
         return backend
     if _forced is None:
@@ -187,7 +181,7 @@ def kernel(name: str, pred: Tensor):
     elif backend == "reference":
         obstacle = f"no backend has kernels for {pred.device}"
     else:
-        obstacle = _obstacle(name, backend, pred)
+        obstacle = _obstacle(backend, pred)
     if obstacle is not None:
         raise RuntimeError(f"gfl_kernels::{name} has no kernel to run: {obstacle}")
     return implementation(backend, name)

@@ -17,6 +17,7 @@ from support import (
     row_weight,
     sparse_target,
 )
+from test_head import LAYOUTS, aligned, check, one_level, scene
 
 
 # Shapes are odd and reach into a second tile; a case is a compilation or two of some seconds.
@@ -106,3 +107,31 @@ def test_integral(compiled, dtype):
 
 def test_integral_of_given_bins(compiled):
     check_op("integral", logits(50, 8), bins=torch.linspace(-3, 9, 8), scale=9.0)
+
+
+PYRAMID = {"sizes": ((9, 7), (5, 4), (3, 2), (2, 1), (1, 1)), "strides": (8, 16, 32, 64, 128)}
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head(compiled, dtype, layout):
+    """Positives in all levels but one, in one level, in none: there is little to approximate in the
+    last two."""
+    shares = ((0.4, 0.3, 0.0, 0.5, 1.0), (0.0, 0.0, 0.5, 0.0, 0.0), 0.0)
+    for share in shares if compiled.launch_options["approx"] == "nearest" else shares[:1]:
+        s = scene(classes=80, positives=share, dtype=dtype, **PYRAMID)
+        if layout != "nchw":
+            s.cls, s.box = ([LAYOUTS[layout](t) for t in level] for level in (s.cls, s.box))
+        check(s)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"varifocal": True}], ids=str)
+def test_head_task_aligned(compiled, dtype, options):
+    s, function = one_level(*aligned(dtype=dtype), **options)
+    check(s, function=function)
+
+
+def test_head_varifocal_gamma(compiled):
+    s, function = one_level(*aligned(), varifocal=True, alpha=0.2, gamma=1.5)
+    check(s, function=function)

@@ -51,6 +51,7 @@ def _struct(views, *others):
     return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, *others]})
 
 
+HEAD_LISTS = ("cls", "box", "points", "labels", "box_targets", "targets", "label_weights")
 _SCALE = ("scale", ctypes.c_double)
 ARGUMENTS = {  # as in gfl_kernels.h
     "quality": _struct(
@@ -65,6 +66,27 @@ ARGUMENTS = {  # as in gfl_kernels.h
     ),
     "integral": _struct("pred bins grad_out out grad"),
 }
+_VIEWS = ctypes.POINTER(_View)
+
+
+class _HeadArguments(ctypes.Structure):
+    _fields_ = [
+        ("levels", ctypes.c_int32),
+        *((name, _VIEWS) for name in HEAD_LISTS),
+        ("strides", ctypes.POINTER(ctypes.c_double)),
+        ("iou", ctypes.c_int),
+        ("iou_eps", ctypes.c_double),
+        ("limit", ctypes.c_double),
+        *((name, _VIEWS) for name in ("quality", "weight", "sums", "normalisers", "boxes")),
+        ("form", ctypes.c_int),
+        ("alpha", ctypes.c_double),
+        ("beta", ctypes.c_double),
+        ("loss_weights", ctypes.c_double * 3),
+        ("losses", _VIEWS * 6),
+        ("grad_losses", _VIEWS * 6),
+        ("grad_cls", _VIEWS),
+        ("grad_box", _VIEWS),
+    ]
 
 
 class _Argument(ctypes.Structure):
@@ -83,12 +105,12 @@ class _Launch(ctypes.Structure):  # as in csrc/cuda/plan.h
         ("count", ctypes.c_int32),
         ("arguments", _Argument * 16),
         ("_padding", ctypes.c_int32),
-        ("bytes", ctypes.c_ubyte * 1536),
+        ("bytes", ctypes.c_ubyte * 4096),
     ]
 
 
 class _Plan(ctypes.Structure):
-    _fields_ = [("count", ctypes.c_int64), ("launches", _Launch * 2)]
+    _fields_ = [("count", ctypes.c_int64), ("launches", _Launch * 4)]
 
 
 def view(tensor):
@@ -106,46 +128,93 @@ def view(tensor):
 
 def plan(family, workspace, numbers=None, **tensors):
     """The launches the library computes for a call."""
-    library = native.library()
-    library.gfl_cuda_plan_bytes.restype = ctypes.c_int64
-    assert library.gfl_cuda_plan_bytes() == ctypes.sizeof(_Plan)
     arguments = ARGUMENTS[family](
         **{name: view(tensor) for name, tensor in tensors.items() if tensor is not None},
         **(numbers or {}),
     )
-    result = _Plan()
     address = [ctypes.c_void_p(workspace.data_ptr())] if family != "integral" else []
-    function = getattr(library, f"gfl_{family}_cuda_plan")
-    if function(ctypes.byref(arguments), *address, ctypes.byref(result)):
+    return _launches(f"gfl_{family}_cuda_plan", arguments, *address)
+
+
+def _launches(function, arguments, *others):
+    library = native.library()
+    library.gfl_cuda_plan_bytes.restype = ctypes.c_int64
+    assert library.gfl_cuda_plan_bytes() == ctypes.sizeof(_Plan)
+    result = _Plan()
+    if getattr(library, function)(ctypes.byref(arguments), *others, ctypes.byref(result)):
         raise ValueError(library.gfl_last_error().decode())
     return list(result.launches[: result.count])
 
 
+def head_arguments(lists, box_options, **others):
+    """gfl_head_args. lists: those of the schemas, in their order; others: members of the struct by
+    name, tensors, sequences of six losses, and lists of gradients."""
+    strides, iou, iou_eps, limit = box_options
+
+    def views(tensors):
+        tensors = list(tensors or ())
+        return (_View * len(tensors))(*(view(t).contents for t in tensors)) if tensors else None
+
+    arguments = _HeadArguments(
+        levels=len(lists[0]),
+        strides=(ctypes.c_double * len(strides))(*strides),
+        iou=iou,
+        iou_eps=iou_eps,
+        limit=limit,
+        **{name: views(tensors) for name, tensors in zip(HEAD_LISTS, lists, strict=True)},
+    )
+    for name, value in others.items():
+        if name in ("losses", "grad_losses"):
+            value = (_VIEWS * 6)(*(view(t) for t in value))
+        elif name in ("grad_cls", "grad_box"):
+            value = views(value)
+        elif name == "loss_weights":
+            value = (ctypes.c_double * 3)(*value)
+        elif not isinstance(value, (int, float)):
+            value = view(value)
+        setattr(arguments, name, value)
+    return arguments
+
+
+def plan_head(function, arguments, workspace):
+    return _launches(f"{function}_plan", arguments, ctypes.c_void_p(workspace.data_ptr()))
+
+
+def head_workspace(arguments):
+    library = native.library()
+    library.gfl_head_cuda_workspace_bytes.restype = ctypes.c_int64
+    size = library.gfl_head_cuda_workspace_bytes(ctypes.byref(arguments))
+    if size < 0:
+        raise ValueError(library.gfl_last_error().decode())
+    return torch.full((size // 8,), float("nan"), dtype=torch.float64)
+
+
 @functools.cache
-def _entries(arch):
+def _entries(file, arch):
     """Demangled name -> PTX with this kernel alone: to parse them all takes 15 seconds."""
     # The cache of ptxsim does not see headers in other folders than the source's.
     above = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(CSRC.glob("*.h"))))
+    text = ptxsim.compile_ptx(
+        file, f"sm_{arch}", [CSRC / "include"], {"GFL_HEADERS": above.hexdigest()}, OPTIONS
+    )
+    # Into which function a line was inlined stands in a table that is left out here.
+    text = re.sub(r"^(\s*\.loc\s[^,\n]*),.*", r"\1", text, flags=re.M)
+    head, *entries = re.split(r"^(?=(?:\.visible )?\.entry )", text, flags=re.M)
+    entries[-1], end, _ = entries[-1].partition("\n}\n")
+    entries[-1] += end
+    files = "".join(re.findall(r"^\.file.*\n|^\t\.file.*\n", text, re.M))
     found = {}
-    for file in sorted((CSRC / "cuda").glob("*.cu")):
-        text = ptxsim.compile_ptx(
-            file, f"sm_{arch}", [CSRC / "include"], {"GFL_HEADERS": above.hexdigest()}, OPTIONS
-        )
-        # Into which function a line was inlined stands in a table that is left out here.
-        text = re.sub(r"^(\s*\.loc\s[^,\n]*),.*", r"\1", text, flags=re.M)
-        head, *entries = re.split(r"^(?=(?:\.visible )?\.entry )", text, flags=re.M)
-        entries[-1], end, _ = entries[-1].partition("\n}\n")
-        entries[-1] += end
-        files = "".join(re.findall(r"^\.file.*\n|^\t\.file.*\n", text, re.M))
-        for entry in entries:
-            name = ptxsim.demangle(re.search(r"\.entry (\w+)", entry).group(1))
-            found[name] = f"{head}{entry}{files}\n"
+    for entry in entries:
+        name = ptxsim.demangle(re.search(r"\.entry (\w+)", entry).group(1))
+        found[name] = f"{head}{entry}{files}\n"
     return found
 
 
 def ptx(name, arch=90):
-    found = [text for full, text in _entries(arch).items() if f"{name}(" in full]
-    assert len(found) == 1, (name, list(_entries(arch)))
+    defined = re.compile(rf"^ +{name.partition('<')[0]}\(", re.M)  # below its __global__
+    (file,) = (f for f in sorted((CSRC / "cuda").glob("*.cu")) if defined.search(f.read_text()))
+    found = [text for full, text in _entries(file, arch).items() if f"{name}(" in full]
+    assert len(found) == 1, (name, list(_entries(file, arch)))
     return found[0]
 
 
@@ -172,7 +241,7 @@ class SimulatedCuda:
     `launches` and `reports` hold one entry per launch."""
 
     def __init__(self, arch=90, **options):
-        self.arch, self.options = arch, {"isolate": True, "order": "reverse", **options}
+        self.arch, self.launch_options = arch, {"isolate": True, "order": "reverse", **options}
         self.reports, self.launches = [], []
 
     def __enter__(self):
@@ -188,7 +257,7 @@ class SimulatedCuda:
             mock.patch.object(
                 dispatch,
                 "_obstacle",
-                lambda op, name, *args: obstacle(op, "cpu" if name == "cuda" else name, *args),
+                lambda name, *args: obstacle("cpu" if name == "cuda" else name, *args),
             ),
             mock.patch.object(
                 dispatch,
@@ -213,11 +282,14 @@ class SimulatedCuda:
 
     def run(self, family, numbers=None, **tensors):
         workspace = torch.full((WORKSPACE,), float("nan"), dtype=torch.float64)
-        at = {t.data_ptr(): (name, t) for name, t in tensors.items() if t is not None}
-        at[workspace.data_ptr()] = ("workspace", workspace)
         launches = plan(family, workspace, numbers, **tensors)
         if not launches and tensors.get("loss") is not None:
             tensors["loss"].zero_()  # csrc/cuda/launch.cpp
+        self._launch_all(launches, {**tensors, "workspace": workspace})
+
+    def _launch_all(self, launches, tensors):
+        at = {t.data_ptr(): (name, t) for name, t in tensors.items() if t is not None}
+        at.pop(0, None)  # of what is empty
         for launch in launches:
             names, values = [], []
             data = bytes(launch.bytes)
@@ -227,13 +299,27 @@ class SimulatedCuda:
                 if argument.is_pointer:
                     address = int.from_bytes(value, "little")
                     name, value = at[address] if address else (name, None)
+                else:
+                    words = enumerate(memoryview(value[: len(value) // 8 * 8]).cast("Q"))
+                    value = ptxsim.Packed(value, [(8 * w, *at[x]) for w, x in words if x in at])
                 names.append(name)
                 values.append(value)
             self.launches.append(launch)
             size = (launch.grid, launch.block, values, launch.shared_bytes)
             self.reports.append(
-                self.launch(launch.name.decode(), *size, names=names, **self.options)
+                self.launch(launch.name.decode(), *size, names=names, **self.launch_options)
             )
+
+    def run_head(self, function, arguments, tensors):
+        """tensors: those that arguments were made of; lists have an entry per level."""
+        workspace = head_workspace(arguments)
+        named = {"workspace": workspace}
+        for name, value in tensors.items():
+            if isinstance(value, (list, tuple)):
+                named |= {f"{name}.{i}": t for i, t in enumerate(value)}
+            else:
+                named[name] = value
+        self._launch_all(plan_head(function, arguments, workspace), named)
 
     # The ops, as csrc/ops.h implements them.
 
@@ -286,6 +372,43 @@ class SimulatedCuda:
         grad = torch.empty_like(pred)
         self.run("integral", pred=pred, bins=bins, grad_out=upstream, grad=grad)
         return grad
+
+    def head_boxes(self, *args):
+        lists, (strides, iou, eps, limit, write_boxes) = args[:7], args[7:]
+        results = [t.fill_(float("nan")) for t in ops._fake_head_boxes(*args)]
+        names = ("quality", "weight", "sums", "normalisers", "boxes")
+        tensors = dict(zip(names, results, strict=True))
+        if not write_boxes:
+            del tensors["boxes"]
+        arguments = head_arguments(lists, (strides, iou, eps, limit), **tensors)
+        tensors |= dict(zip(HEAD_LISTS, lists, strict=True))
+        self.run_head("gfl_head_boxes_cuda", arguments, tensors)
+        return tuple(results)
+
+    def head_forward(self, *args):
+        *args, write_grad = args
+        *losses, grads = ops._fake_head_forward(*args, write_grad)
+        for t in (*losses, *grads):
+            t.fill_(float("nan"))
+        self._head(args, losses=losses, grads=grads)
+        return *losses, grads
+
+    def head_backward(self, *args):
+        grads = [t.fill_(float("nan")) for t in ops._fake_head_backward(*args)]
+        self._head(args[6:], grad_losses=args[:6], grads=grads)
+        return grads
+
+    def _head(self, args, grads, **losses):
+        lists, assessed, options, rest = args[:7], args[7:11], args[11:15], args[15:]
+        tensors = dict(zip(("quality", "weight", "sums", "normalisers"), assessed, strict=True))
+        tensors |= losses
+        if grads:
+            half = len(grads) // 2
+            tensors |= {"grad_cls": grads[:half], "grad_box": grads[half:]}
+        numbers = dict(zip(("form", "alpha", "beta", "loss_weights"), rest, strict=True))
+        arguments = head_arguments(lists, options, **tensors, **numbers)
+        tensors |= dict(zip(HEAD_LISTS, lists, strict=True))
+        self.run_head("gfl_head_cuda", arguments, tensors)
 
 
 def _outputs(pred, reduction, write_grad):

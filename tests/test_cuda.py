@@ -6,12 +6,18 @@ either order, so that a missing barrier shows; approximate instructions err as m
 documentation allows.
 """
 
+import itertools
+
 import pytest
 import torch
 from compiled_cases import (  # noqa: F401
+    PYRAMID,
     test_distribution,
     test_distribution_bins,
     test_distribution_explicit_weights_and_layouts,
+    test_head,
+    test_head_task_aligned,
+    test_head_varifocal_gamma,
     test_integral,
     test_integral_of_given_bins,
     test_quality_beta,
@@ -35,17 +41,21 @@ from support import (
     row_weight,
     sparse_target,
 )
+from test_head import LAYOUTS as HEAD_LAYOUTS
+from test_head import aligned, check, head_arguments, one_level, scene
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gfl_kernels
 from gfl_kernels import dispatch
 
 ptxsim = pytest.importorskip("ptxsim", reason="tests/ptxsim needs numpy")
+import cuda_device  # noqa: E402
 from cuda_device import SimulatedCuda, plan, ptx, why_not  # noqa: E402
 
 QUALITY = gfl_kernels.quality_focal_loss
 DISTRIBUTION = gfl_kernels.distribution_focal_loss
 INTEGRAL = gfl_kernels.integral
+HEAD = gfl_kernels.gfl_loss
 
 
 _reason = "TRITON_INTERPRET=1: nothing is compiled" if INTERPRETED else why_not()
@@ -271,6 +281,273 @@ def test_odd_rows_move_in_vectors_too():
         assert report.traffic("pred").wide_share(16) > 0.97
 
 
+# Heads. test_head, test_head_task_aligned and test_head_varifocal_gamma are in compiled_cases.py.
+
+
+@pytest.mark.parametrize("layout", HEAD_LAYOUTS)
+def test_head_layouts(compiled, layout):
+    """Of some levels rows are aligned to vectors, of others not."""
+    s = scene(sizes=((8, 6), (4, 4), (3, 1)), classes=8, reg_max=7)
+    s.cls, s.box = ([HEAD_LAYOUTS[layout](t) for t in level] for level in (s.cls, s.box))
+    points, labels, targets = s.others
+    split = [t.shape[1] for t in labels]  # views of one tensor for all levels
+    labels, targets = (torch.cat(t, dim=1).split(split, dim=1) for t in (labels, targets))
+    s.others = points, labels, targets
+    if layout != "one_image_expanded":  # not a layout a gradient can have
+        check(s)
+        return
+    whole = [t.contiguous() for t in (*s.cls, *s.box)]
+    got, expected = (
+        HEAD(s.cls, s.box, *s.others, **s.options),
+        HEAD(whole[:3], whole[3:], *s.others, **s.options),
+    )
+    torch.testing.assert_close(got[:3], expected[:3], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("iou", ["iou", "giou", "diou", "ciou"])
+def test_head_box_losses(compiled, iou):
+    check(scene(iou=iou, classes=3, positives=0.5))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": torch.float64, "iou": "ciou"},
+        {"dtype": torch.float16},
+        {"dtype": torch.bfloat16, "box_dtype": torch.float32},
+        {"beta": 0.0},
+        {"beta": 0.5},
+        {"beta": 3.0, "dtype": torch.float16},
+        {"classes": 1, "reg_max": 1},
+        {"classes": 81, "reg_max": 40, "sizes": ((1, 1),), "strides": (12.5,)},
+        {"sizes": ((0, 4), (40, 33)), "strides": (8, 16), "batch": 3},
+    ],
+    ids=str,
+)
+def test_head_options(compiled, options):
+    check(scene(loss_weights=(0.7, 1.3, 0.5), **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"varifocal": True}, {"beta": 2.0}], ids=str)
+def test_head_task_aligned_layouts(compiled, dtype, options):
+    """Planes of logits beside rows of targets; box and class logits as channels of one tensor."""
+    cls, box, *others = aligned(classes=8, anchors=96, dtype=dtype)
+    planes = [t.transpose(1, 2).contiguous() for t in (cls, box)]
+    s, function = one_level(*planes, *others, channel_dim=1, **options)
+    check(s, function=function)
+    joint = torch.cat([box, cls], dim=-1)
+    s, function = one_level(joint[..., 64:], joint[..., :64], *others, **options)
+    check(s, function=function)
+
+
+@pytest.mark.parametrize("scores", [torch.float64, torch.bfloat16])
+def test_head_target_dtypes(compiled, scores):
+    cls, box, points, targets, *others = aligned()
+    s, function = one_level(cls, box, points, targets.to(scores), *others)
+    check(s, function=function)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.float32])
+def test_head_label_dtypes(compiled, dtype):
+    s = scene()
+    points, labels, targets = s.others
+    expected = HEAD(s.cls, s.box, *s.others, **s.options)
+    got = HEAD(s.cls, s.box, points, [t.to(dtype) for t in labels], targets, **s.options)
+    assert all(torch.equal(a, b) for a, b in zip(got[:6], expected[:6], strict=True))
+
+
+def head_step(s, **options):
+    leaves = [t.detach().requires_grad_() for t in (*s.cls, *s.box)]
+    count = len(s.cls)
+    out = HEAD(leaves[:count], leaves[count:], *s.others, **s.options, **options)
+    return out, torch.autograd.grad(sum(out[:3]), leaves)
+
+
+def test_head_agrees_with_the_cpu_kernels():
+    calls = [scene(classes=80, **PYRAMID), scene(beta=1.5, iou="ciou", dtype=torch.bfloat16)]
+
+    def results():
+        for s in calls:
+            out, grads = head_step(s, return_boxes=True)
+            strides = zip(s.others[0], s.options["strides"], strict=True)
+            strides = torch.cat([torch.full((len(points), 1), float(x)) for points, x in strides])
+            # Boxes are in pixels, and computed in units of the stride.
+            yield from (t.detach() for t in (*out[:6], out.boxes / strides, out.iou, *grads))
+
+    with SimulatedCuda():
+        got = list(results())
+    with gfl_kernels.use_backend("cpu"):
+        expected = list(results())
+    for a, b in zip(got, expected, strict=True):
+        rtol = 2**-8 if a.dtype == torch.bfloat16 else 5e-6
+        torch.testing.assert_close(a, b, rtol=rtol, atol=5e-6)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "nchw"])
+def test_head_does_not_read_what_does_not_count(compiled, layout):
+    """Box logits and targets of negatives, logits of anchors with weight 0: NaN, and no NaN comes
+    out."""
+    s = scene(sizes=((8, 6), (5, 3)), strides=(8, 16))
+    for i, (label, weight) in enumerate(zip(s.others[1], s.options["label_weights"], strict=True)):
+        shape = s.box[i].shape[0], 1, *s.box[i].shape[2:]
+        negative = ~((label >= 0) & (label < 5))
+        s.box[i] = s.box[i].masked_fill(negative.view(shape), float("nan"))
+        s.others[2][i][negative] = float("nan")
+        # Scores of positives are their weight.
+        unread = negative & (weight == 0)
+        assert unread.any()
+        s.cls[i] = s.cls[i].masked_fill(unread.view(shape), float("nan"))
+    if layout != "nchw":
+        s.cls, s.box = ([HEAD_LAYOUTS[layout](t) for t in level] for level in (s.cls, s.box))
+    out, grads = head_step(s, return_boxes=True)
+    for t in (*out, *grads):
+        assert bool(t.isfinite().all())
+    for i, label in enumerate(s.others[1]):
+        negative = ~((label >= 0) & (label < 5))
+        grad = grads[2 + i].movedim(1, -1).flatten(1, 2)
+        assert float(grad[negative].abs().max()) == 0.0 < float(grad[~negative].abs().max())
+
+
+def test_head_repeats_bit_for_bit():
+    s = scene(batch=3, sizes=((40, 33), (9, 9)), strides=(8, 16), classes=20, positives=0.1)
+    results = []
+    for order in ("forward", "reverse", "lockstep"):
+        with SimulatedCuda(order=order) as device:
+            out, grads = head_step(s)
+            results.append((*out[:6], *grads))
+            assert device.launches[0].grid > 30
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_head_empty_batch(compiled):
+    out, grads = head_step(scene(batch=0), return_boxes=True)
+    assert [float(loss.detach()) for loss in out[:3]] == [0.0] * 3
+    assert out.boxes.shape == (0, 89, 4) and all(g.numel() == 0 for g in grads)
+    finishing = ["head_boxes_finish_kernel<0>", "head_losses_kernel<0>"]
+    assert kernels_of(compiled) == finishing
+
+
+def test_head_gradient_with_the_losses(compiled):
+    """write_grad, which head.py asks of the CPU backend alone."""
+    lists, box, assessed = head_arguments(scene())
+    rest = (*lists, *assessed, *box, 0, 0.0, 2.0, [1.0, 2.0, 0.25])
+    *losses, grads = compiled.head_forward(*rest, True)
+    one = torch.ones(())
+    expected = compiled.head_backward(one, one, one, None, None, None, *rest)
+    assert all(bool(loss.isfinite().all()) for loss in losses)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+def test_head_checks_what_memory_safety_needs(compiled):
+    lists, box, _ = head_arguments(scene())
+    launched = len(compiled.launches)
+    for i in range(5):
+        for wrong in (
+            [t[:, :1] for t in lists[i]],
+            [t[:1] for t in lists[i]],
+            [t.unsqueeze(0) for t in lists[i]],
+            [lists[i][0], *(t.to(torch.int8) for t in lists[i][1:])],
+        ):
+            changed = [*lists]
+            changed[i] = wrong
+            with pytest.raises(ValueError, match="^gfl_head"):
+                compiled.head_boxes(*changed, *box, False)
+    assert len(compiled.launches) == launched
+
+
+def test_head_beyond_2_to_31_elements():
+    """Images that lie so far apart: memory that nobody touches but where they are."""
+    s = scene(sizes=((4, 4),), strides=(8,), dtype=torch.bfloat16)
+    far = (1 << 31) + 64
+    memory = torch.empty(far + 16 * (5 + 68), dtype=torch.bfloat16)
+    cls = memory.as_strided((2, 5, 4, 4), (far, 16, 4, 1))
+    box = memory.as_strided((2, 68, 4, 4), (far, 16, 4, 1), 5 * 16)
+    with SimulatedCuda():
+        expected = HEAD(s.cls, s.box, *s.others, **s.options)
+        got = HEAD([cls.copy_(s.cls[0])], [box.copy_(s.box[0])], *s.others, **s.options)
+    assert all(torch.equal(a, b) for a, b in zip(got[:6], expected[:6], strict=True))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "nchw"])
+def test_head_launches_and_memory(layout):
+    """Four launches forward and two backward for five levels; every class logit read once a pass,
+    of boxes those of positives alone; gradients written once, in 16-byte accesses but for the
+    positives; nothing but partial sums beside that."""
+    s = scene(
+        classes=80, sizes=((40, 48), (20, 24), (10, 12), (4, 6), (2, 4)), positives=0.02,
+        strides=PYRAMID["strides"],
+    )  # fmt: skip
+    if layout != "nchw":
+        s.cls, s.box = ([HEAD_LAYOUTS[layout](t) for t in level] for level in (s.cls, s.box))
+    del s.options["label_weights"]
+    with SimulatedCuda() as device:
+        head_step(s)
+        boxes, boxes_finish, forward, losses, backward, box_grad = device.reports
+    anchors = sum(t.numel() for t in s.others[1])
+    masks = [(t >= 0) & (t < 80) for t in s.others[1]]
+    positives = sum(int(mask.sum()) for mask in masks)
+    assert 10 < positives < anchors / 20
+
+    def moved(report, name):
+        """Bytes read and written of a list of levels, and the share in 16-byte accesses."""
+        parts = [t for t in report.allocations if t.name.partition(".")[0] == name]
+        bytes_ = [sum(t.read_bytes for t in parts), sum(t.written_bytes for t in parts)]
+        wide = sum(t.wide_share(16) * (t.read_bytes + t.written_bytes) for t in parts)
+        return *bytes_, wide / sum(bytes_)
+
+    logits, bins = anchors * 80 * 4, 68 * 4
+    assert moved(forward, "cls") == moved(backward, "cls") == (logits, 0, 1)
+    assert moved(backward, "grad_cls") == (0, logits, 1)
+    assert moved(box_grad, "grad_box")[:2] == (0, anchors * bins)
+    assert moved(box_grad, "grad_box")[2] > 0.9
+    labels, value = 8 * anchors, 4 * anchors
+    # In sectors of 32 bytes. In NCHW eight neighbours share those of every channel.
+    if layout == "nchw":
+        eights = sum(int(mask.view(2, -1, 8).any(-1).sum()) for mask in masks)
+        bins_read, scores_read = eights * 32 * 68, eights * 32 * 80
+    else:
+        bins_read, scores_read = positives * 288, positives * 80 * 4
+    target, point = positives * 32, positives * 32
+    read = bins_read + scores_read + target + point + labels
+    minimum = (
+        (boxes, read + 2 * value),
+        (forward, logits + labels + value),
+        (backward, 2 * logits + labels + value),
+        (box_grad, anchors * bins + labels + bins_read + target + point),
+    )
+    for report, needed in minimum:
+        dram = report.dram_bytes_read + report.dram_bytes_written
+        assert dram <= 1.05 * needed, (report.kernel, dram, needed)
+    for report in (boxes_finish, losses):
+        assert report.dram_bytes_read + report.dram_bytes_written < 4096
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_odd_rows_move_in_vectors_too(compiled, dtype):
+    s = scene(sizes=((6, 5), (2, 3)), strides=(8, 16), classes=365, reg_max=3, dtype=dtype)
+    s.cls, s.box = ([HEAD_LAYOUTS["channels_last"](t) for t in level] for level in (s.cls, s.box))
+    check(s)
+    _, _, forward, _, backward, _ = compiled.reports
+    for report, name in ((forward, "cls.0"), (backward, "cls.0"), (backward, "grad_cls.0")):
+        assert report.traffic(name).wide_share(16) > 0.95
+    cls, box, *others = aligned(classes=19, dtype=dtype)
+    s, function = one_level(cls, box, *others)
+    check(s, function=function)
+
+
+@pytest.mark.parametrize("dtype", [0, 2])
+def test_head_registers(dtype):
+    for form, layout, part in itertools.product((0, 20, 36), (0, 8), (1, 2)):
+        name = f"head_class_kernel<{dtype}, {form | layout | part}>"
+        try:
+            (info,) = ptxsim.ptxas_info(ptx(name)).values()
+        except ptxsim.PtxSimError as error:
+            pytest.skip(f"ptxas and the CUDA binary utilities are needed: {error}")
+        assert info.registers <= 64 and info.spills == 0, (name, info.registers, info.spills)
+
+
 class Described:
     """What a plan sees of a tensor, without memory."""
 
@@ -311,6 +588,47 @@ def test_plans_of_large_problems():
     assert first("distribution", Described(*many, 17), many) == "distribution_general_kernel<0>"
 
 
+def test_plans_of_heads():
+    """The levels fit into the parameters of a launch; more than 2^31 elements are no obstacle, more
+    levels than there is room for and lists of several dtypes are refused."""
+
+    def launches(levels, cells, classes=80, dtypes=(torch.float32,)):
+        def level(*shape, dtype=torch.float32):
+            return [Described(*shape, dtype=dtype)] * levels
+
+        lists = [
+            level(2, cells, classes),
+            level(2, cells, 68),
+            level(cells, 2),
+            level(2, cells, dtype=torch.int64),
+            level(2, cells, 4),
+            [],
+            [Described(2, cells, dtype=dtypes[i % len(dtypes)]) for i in range(levels)],
+        ]
+        workspace = torch.empty(1, dtype=torch.float64)
+        joint = {
+            "quality": Described(2, levels * cells),
+            "weight": Described(2, levels * cells),
+            "sums": Described(levels, 2),
+            "normalisers": Described(2),
+        }
+        arguments = cuda_device.head_arguments(lists, ([8.0] * levels, 1, 1e-6, 15.9), **joint)
+        return cuda_device.plan_head("gfl_head_boxes_cuda", arguments, workspace)
+
+    for levels in (1, 5, 12):
+        boxes, finish = launches(levels, 1000)
+        assert boxes.grid == levels * 2 * 8 and finish.grid == 1
+        last = boxes.arguments[boxes.count - 1]
+        assert last.offset + last.size <= 4096
+    assert launches(2, 1 << 26)[0].grid == 2 * 2 * (1 << 26) // 128
+    with pytest.raises(ValueError, match="gfl_head_boxes_cuda: at most 12 levels, got 13"):
+        launches(13, 10)
+    with pytest.raises(ValueError, match="one dtype in all levels"):
+        launches(2, 10, dtypes=(torch.float32, torch.float64))
+    with pytest.raises(ValueError, match="at least one class|no classes"):
+        launches(2, 10, classes=0)
+
+
 def test_fake_tensors_end_to_end(monkeypatch):
     """device="cuda" without a device: through the public functions and the library's own ops."""
     monkeypatch.setattr(dispatch, "_why_not", lambda name: "not here" if name == "triton" else None)
@@ -331,11 +649,32 @@ def test_fake_tensors_end_to_end(monkeypatch):
             assert grad.device.type == "cuda" and grad.shape == z.shape
 
 
+def test_fake_heads_end_to_end(monkeypatch):
+    monkeypatch.setattr(dispatch, "_why_not", lambda name: "not here" if name == "triton" else None)
+    with FakeTensorMode():
+        s = scene(dtype=torch.bfloat16).to(lambda t: torch.empty_like(t, device="cuda"))
+        leaves = [t.requires_grad_() for t in (*s.cls, *s.box)]
+        assert dispatch.choose("gfl_loss", s.cls[0]) == "cuda"
+        out = HEAD(leaves[:3], leaves[3:], *s.others, **s.options, return_boxes=True)
+        for loss in out[:6]:
+            assert loss.device.type == "cuda" and loss.dtype == torch.float32
+            assert loss.requires_grad
+        assert out.boxes.shape == (2, 89, 4) and out.boxes.device.type == "cuda"
+        lists, box, assessed = head_arguments(s)
+        rest = (*lists, *assessed, *box, 0, 0.0, 2.0, [1.0, 2.0, 0.25])
+        for space in (torch.ops.gfl_kernels, torch.ops.gfl_native):
+            grads = space.head_backward(out[0].detach(), *[None] * 5, *rest)
+            for grad, leaf in zip(grads, (*lists[0], *lists[1]), strict=True):
+                assert grad.device.type == "cuda" and grad.stride() == leaf.stride()
+
+
 def test_the_library_has_kernels_for_cuda():
     for name in ("quality", "distribution", "integral"):
         for direction in ("forward", "backward"):
             op = f"gfl_native::{name}_{direction}"
             assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
+    for name in ("head_boxes", "head_forward", "head_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gfl_native::{name}", "CUDA")
 
 
 def test_automatic_choice(monkeypatch):
@@ -345,7 +684,10 @@ def test_automatic_choice(monkeypatch):
         reasons = {"triton": triton, "cuda": cuda}
         monkeypatch.setattr(dispatch, "_why_not", lambda name: reasons.get(name))
         with FakeTensorMode():
-            return dispatch.choose("integral", torch.zeros(3, 17, device="cuda"))
+            x = torch.zeros(3, 17, device="cuda")
+            chosen = {dispatch.choose(op, x) for op in ("integral", "gfl_loss")}
+            assert len(chosen) == 1
+            return chosen.pop()
 
     assert choice(None, None) == "triton"
     assert choice(None, "no") == "triton"

@@ -5,9 +5,10 @@ and simulated (both backends').
 import pytest
 import torch
 from support import bin_target, check_op, lay_out, logits, sparse_target, why_not
+from test_head import LAYOUTS, aligned, check, one_level, scene
 
 import gfl_kernels
-from gfl_kernels import distribution_focal_loss, integral, quality_focal_loss
+from gfl_kernels import distribution_focal_loss, gfl_loss, integral, quality_focal_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,12 +25,15 @@ def backend(request):
         yield request.param
 
 
-def step(x, z, target, position, count):
-    x.grad = z.grad = None
+def step(x, z, target, position, count, head):
+    leaves = [x, z, *head.cls, *head.box]
+    for leaf in leaves:
+        leaf.grad = None
     loss = quality_focal_loss(x, target, avg_factor=count)
     loss = loss + distribution_focal_loss(z, position, avg_factor=count)
-    (loss + integral(z).mean()).backward()
-    return loss.detach(), x.grad, z.grad
+    losses = gfl_loss(head.cls, head.box, *head.others, **head.options)[:3]
+    (loss + integral(z).mean() + sum(losses)).backward()
+    return loss.detach(), *(part.detach() for part in losses), *(leaf.grad for leaf in leaves)
 
 
 def inputs(device="cuda", dtype=torch.float32):
@@ -37,7 +41,11 @@ def inputs(device="cuda", dtype=torch.float32):
     z = logits(3001, 17, dtype=dtype).to(device).requires_grad_()
     target = tuple(part.to(device) for part in sparse_target((3000,), 80))
     position = bin_target((3001,), 17).to(device)
-    return x, z, target, position, torch.tensor(37.0, device=device)
+    head = scene(classes=20, sizes=((40, 33), (20, 16), (10, 8)), dtype=dtype)
+    head = head.to(lambda t: t.to(device))
+    for leaf in (*head.cls, *head.box):
+        leaf.requires_grad_()
+    return x, z, target, position, torch.tensor(37.0, device=device), head
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -52,6 +60,38 @@ def test_values(dtype, layout):
     position = bin_target(rows, 17, device="cuda")
     check_op("distribution", laid.pred, position, bin_dim=laid.dim, avg_factor=9.0)
     check_op("integral", laid.pred, bin_dim=laid.dim, scale=17.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "cropped"])
+def test_head_values(dtype, layout):
+    for options in ({}, {"beta": 1.5, "iou": "ciou"}):
+        s = scene(classes=16, sizes=((24, 20), (12, 10), (5, 3)), dtype=dtype, **options)
+        if layout != "nchw":
+            s.cls, s.box = ([LAYOUTS[layout](t) for t in level] for level in (s.cls, s.box))
+        s = s.to(lambda t: t.cuda() if layout != "cropped" else _with_strides(t))
+        check(s)
+
+
+def _with_strides(t):
+    """On the GPU with the strides it has: .cuda() packs what has gaps."""
+    if t.is_contiguous():
+        return t.cuda()
+    size = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    memory = torch.full((size,), float("nan"), dtype=t.dtype, device="cuda")
+    return memory.as_strided(t.shape, t.stride()).copy_(t)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "options", [{}, {"beta": 2.0}, {"varifocal": True}, {"varifocal": True, "gamma": 1.5}], ids=str
+)
+def test_task_aligned_values(dtype, options):
+    task = aligned(classes=16, dtype=dtype)
+    for channel_dim in (-1, 1):
+        cls, box = (t if channel_dim < 0 else t.transpose(1, 2).contiguous() for t in task[:2])
+        s, function = one_level(cls, box, *task[2:], channel_dim=channel_dim, **options)
+        check(s.to(lambda t: t.cuda()), function=function)
 
 
 def test_no_host_synchronisation():
@@ -103,7 +143,7 @@ def test_streams_do_not_share_a_workspace():
 
 def test_runs_on_the_current_stream():
     """Work that a side stream has not reached yet is waited for there, not elsewhere."""
-    x, z, target, position, count = inputs()
+    x, _, target, _, count, _ = inputs()
     expected = quality_focal_loss(x * 2, target, avg_factor=count)
     side = torch.cuda.Stream()
     torch.cuda.synchronize()

@@ -9,9 +9,13 @@ the error its documentation allows.
 import pytest
 import torch
 from compiled_cases import (  # noqa: F401
+    PYRAMID,
     test_distribution,
     test_distribution_bins,
     test_distribution_explicit_weights_and_layouts,
+    test_head,
+    test_head_task_aligned,
+    test_head_varifocal_gamma,
     test_integral,
     test_integral_of_given_bins,
     test_quality_beta,
@@ -23,7 +27,7 @@ from compiled_cases import (  # noqa: F401
     test_quality_sparse,
 )
 from support import INTERPRETED, bin_target, logits, sparse_target
-from test_head import LAYOUTS, aligned, check, one_level, scene
+from test_head import LAYOUTS, scene
 
 import gfl_kernels
 
@@ -85,34 +89,6 @@ def test_launches_and_memory():
         forward, backward = device.reports
         assert forward.traffic("pred").read_bytes == 40 * 17 * 4
         assert backward.traffic("grad").written_bytes == z.numel() * 4
-
-
-PYRAMID = {"sizes": ((9, 7), (5, 4), (3, 2), (2, 1), (1, 1)), "strides": (8, 16, 32, 64, 128)}
-
-
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_head(compiled, dtype, layout):
-    """Positives in all levels but one, in one level, in none: there is little to approximate in the
-    last two."""
-    shares = ((0.4, 0.3, 0.0, 0.5, 1.0), (0.0, 0.0, 0.5, 0.0, 0.0), 0.0)
-    for share in shares if compiled.launch_options["approx"] == "nearest" else shares[:1]:
-        s = scene(classes=80, positives=share, dtype=dtype, **PYRAMID)
-        if layout != "nchw":
-            s.cls, s.box = ([LAYOUTS[layout](t) for t in level] for level in (s.cls, s.box))
-        check(s)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"varifocal": True}], ids=str)
-def test_head_task_aligned(compiled, dtype, options):
-    s, function = one_level(*aligned(dtype=dtype), **options)
-    check(s, function=function)
-
-
-def test_head_varifocal_gamma(compiled):
-    s, function = one_level(*aligned(), varifocal=True, alpha=0.2, gamma=1.5)
-    check(s, function=function)
 
 
 def test_head_launches_and_memory():

@@ -138,7 +138,7 @@ class Head {
     V target[4], left[4], wl[4], wr[4];
     for (int s = 0; s < 4; ++s) {
       target[s] = gather(p_.box_targets, cells, lanes, s, true) / stride;
-      const V side = s < 2 ? point[s] - target[s] : target[s] - point[s - 2];
+      const V side = side_distance(s, point[s % 2], target[s]);
       split_target(side, static_cast<A>(p_.limit), &left[s], &wl[s], &wr[s]);
     }
     load_bins(cells, lanes);
@@ -161,7 +161,7 @@ class Head {
       }
       inverse[s] = reciprocal(sum);
       distance[s] = moment * inverse[s];
-      box[s] = s < 2 ? point[s] - distance[s] : point[s - 2] + distance[s];
+      box[s] = decode_side(s, point[s % 2], distance[s]);
       dfl = dfl + distribution_loss(logarithm(sum), wl[s], wr[s], z_left, z_right);
     }
     const BoxLossGrad<V> r = box_loss_grad(p_.iou, box, target, static_cast<A>(p_.iou_eps));

@@ -17,6 +17,5 @@ struct Cpu {
 }  // namespace
 
 GFL_IMPLEMENT(CPU, Cpu)
-GFL_IMPLEMENT_HEAD(CPU, Cpu)
 
 }  // namespace gfl

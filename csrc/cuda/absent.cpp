@@ -17,5 +17,11 @@ extern "C" {
 int gfl_quality_cuda(const gfl_quality_args*, void*, void*) { return refuse(); }
 int gfl_distribution_cuda(const gfl_distribution_args*, void*, void*) { return refuse(); }
 int gfl_integral_cuda(const gfl_integral_args*, void*) { return refuse(); }
+int64_t gfl_head_cuda_workspace_bytes(const gfl_head_args*) {
+  refuse();
+  return -1;
+}
+int gfl_head_boxes_cuda(const gfl_head_args*, void*, void*) { return refuse(); }
+int gfl_head_cuda(const gfl_head_args*, void*, void*) { return refuse(); }
 const char* gfl_cuda_obstacle(void) { return kAbsent; }
 }

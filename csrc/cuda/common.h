@@ -65,6 +65,29 @@ template <typename T>
 GFL_DEVICE void store_vector(T* to, const Vector<T>& v) {
   *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&v);
 }
+// Qualities of a dense target, in pred's dtype or float32; aligned.
+template <typename T, int n>
+GFL_DEVICE void load_qualities(const void* from, bool is_float, float (&q)[n]) {
+  if (sizeof(T) == 4 || !is_float) {
+    const Vector<T> v = load_vector(static_cast<const T*>(from));
+#pragma unroll
+    for (int i = 0; i < n; ++i) q[i] = widen(v.of[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; i += 4) {
+      const Vector<float> v = load_vector(static_cast<const float*>(from) + i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) q[i + j] = v.of[j];
+    }
+  }
+}
+
+template <typename T>
+GFL_DEVICE float load_quality(const void* target, bool is_float, int64_t at) {
+  return is_float ? static_cast<const float*>(target)[at]
+                  : widen(static_cast<const T*>(target)[at]);
+}
+
 // A pointer that the compiler takes as it is. Otherwise it adds a loop's index to the offset that
 // the pointer was made of, which takes six instructions at every use instead of one.
 template <typename T>

@@ -12,5 +12,12 @@ const void* quality_general_kernel_at(int dtype);
 const void* distribution_kernel_at(int dtype, int bins);
 const void* distribution_general_kernel_at(int dtype);
 const void* finish_kernel_at(int dtype);  // of the loss
+const void* head_class_kernel_at(int dtype, int variant);
+const void* head_class_general_kernel_at(int dtype);
+// Of the accumulation type.
+const void* head_boxes_kernel_at(int dtype);
+const void* head_boxes_finish_kernel_at(int dtype);
+const void* head_box_grad_kernel_at(int dtype);
+const void* head_losses_kernel_at(int dtype);
 
 }  // namespace gfl

@@ -25,6 +25,18 @@ const void* find(const Launch& launch) {
       return distribution_general_kernel_at(launch.dtype);
     case kFinishKernel:
       return finish_kernel_at(launch.dtype);
+    case kHeadBoxesKernel:
+      return head_boxes_kernel_at(launch.dtype);
+    case kHeadBoxesFinishKernel:
+      return head_boxes_finish_kernel_at(launch.dtype);
+    case kHeadClassKernel:
+      return head_class_kernel_at(launch.dtype, launch.variant);
+    case kHeadClassGeneralKernel:
+      return head_class_general_kernel_at(launch.dtype);
+    case kHeadLossesKernel:
+      return head_losses_kernel_at(launch.dtype);
+    case kHeadBoxGradKernel:
+      return head_box_grad_kernel_at(launch.dtype);
   }
   return nullptr;
 }
@@ -78,6 +90,29 @@ int gfl_integral_cuda(const gfl_integral_args* args, void* stream) {
     gfl::Plan plan;
     gfl::plan("gfl_integral_cuda", *args, &plan);
     gfl::run("gfl_integral_cuda", plan, nullptr, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int64_t gfl_head_cuda_workspace_bytes(const gfl_head_args* args) {
+  int64_t doubles = 0;
+  const int failed =
+      gfl::guarded([&] { doubles = gfl::head_workspace("gfl_head_cuda_workspace_bytes", *args); });
+  return failed ? -1 : 8 * doubles;
+}
+
+int gfl_head_boxes_cuda(const gfl_head_args* args, void* workspace, void* stream) {
+  return gfl::guarded([&] {
+    gfl::Plan plan;
+    gfl::plan_head_boxes("gfl_head_boxes_cuda", *args, static_cast<double*>(workspace), &plan);
+    gfl::run("gfl_head_boxes_cuda", plan, nullptr, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int gfl_head_cuda(const gfl_head_args* args, void* workspace, void* stream) {
+  return gfl::guarded([&] {
+    gfl::Plan plan;
+    gfl::plan_head("gfl_head_cuda", *args, static_cast<double*>(workspace), &plan);
+    gfl::run("gfl_head_cuda", plan, nullptr, static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -55,15 +55,29 @@ class Cuda {
     return gfl_distribution_cuda(&args, workspace.data(), stream_);
   }
   int run(const gfl_integral_args& args) const { return gfl_integral_cuda(&args, stream_); }
+  int run_boxes(const gfl_head_args& args) const {
+    const int64_t bytes = gfl_head_cuda_workspace_bytes(&args);
+    if (bytes < 0) return 1;
+    const Workspace workspace(place(), bytes);
+    return gfl_head_boxes_cuda(&args, workspace.data(), stream_);
+  }
+  int run(const gfl_head_args& args) const {
+    const int64_t bytes = args.losses[0] ? gfl_head_cuda_workspace_bytes(&args) : 0;
+    if (bytes < 0) return 1;
+    const Workspace workspace(place(), bytes);
+    return gfl_head_cuda(&args, workspace.data(), stream_);
+  }
 
  private:
-  // For a loss that is a sum. Torch's allocator gives it to nothing that could run beside the
-  // launch: not on another stream, nor while a graph is replayed that was captured with it.
+  // For sums. Torch's allocator gives it to nothing that could run beside the launch: not on
+  // another stream, nor while a graph is replayed that was captured with it.
   class Workspace {
    public:
-    Workspace(const Place& place, const gfl_view* loss) {
-      if (!loss || loss->ndim > 0) return;
-      const int64_t size = GFL_CUDA_WORKSPACE_BYTES / 8, stride = 1;
+    Workspace(const Place& place, const gfl_view* loss)
+        : Workspace(place, loss && loss->ndim == 0 ? GFL_CUDA_WORKSPACE_BYTES : 0) {}
+    Workspace(const Place& place, int64_t bytes) {
+      if (bytes == 0) return;
+      const int64_t size = bytes / 8, stride = 1;
       memory_ = new_tensor(place, 1, &size, &stride, aoti_torch_dtype_float64());
     }
     void* data() const { return memory_ ? memory_->data_ptr() : nullptr; }

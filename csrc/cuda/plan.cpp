@@ -108,9 +108,17 @@ void add_argument(Launch* launch, const T& value) {
 }
 
 void set_kernel(Launch* launch, KernelFamily family, int dtype, int variant = -1) {
-  static const char* const names[] = {"quality_kernel", "quality_general_kernel",
-                                      "distribution_kernel", "distribution_general_kernel",
-                                      "finish_kernel"};
+  static const char* const names[] = {"quality_kernel",
+                                      "quality_general_kernel",
+                                      "distribution_kernel",
+                                      "distribution_general_kernel",
+                                      "finish_kernel",
+                                      "head_boxes_kernel",
+                                      "head_boxes_finish_kernel",
+                                      "head_class_kernel",
+                                      "head_class_general_kernel",
+                                      "head_losses_kernel",
+                                      "head_box_grad_kernel"};
   launch->family = family;
   launch->dtype = dtype;
   launch->variant = variant;
@@ -289,6 +297,267 @@ void add_distribution(const DistributionProblem& d, const Scale& scale, const vo
   add_argument(launch, s);
 }
 
+// Heads
+
+// The levels of a call, as its launches need them.
+class Head {
+ public:
+  Head(const char* name, const gfl_head_args& args) : name_(name), args_(args) {
+    if (args.levels < 1 || args.levels > kMaxHeadLevels) {
+      fail(name_ + ": at most " + std::to_string(kMaxHeadLevels) + " levels, got " +
+           std::to_string(args.levels));
+    }
+    if (!args.sums || !args.normalisers) fail(name_ + ": arguments are missing");
+    for (int l = 0; l < args.levels; ++l) {
+      const HeadProblem& h = levels_[l] = describe(name, args, l, shape_.anchors);
+      const HeadProblem& first = levels_[0];
+      if (h.batch != first.batch || h.classes != first.classes || h.bins != first.bins) {
+        fail(name_ + ": all levels must have as many images, classes and bins");
+      }
+      for (const auto operand :
+           {&HeadProblem::cls, &HeadProblem::scores, &HeadProblem::box, &HeadProblem::points,
+            &HeadProblem::labels, &HeadProblem::box_targets, &HeadProblem::label_weights}) {
+        if ((h.*operand).dtype != (first.*operand).dtype) {
+          fail(name_ + ": a list must have one dtype in all levels");
+        }
+      }
+      if (h.classes < 1 || h.classes > kSmall || h.bins > kSmall >> 10 || h.cells > kSmall ||
+          h.batch > kSmall) {
+        fail(name_ + ": too large, or no classes");
+      }
+      shape_.anchors += h.cells;
+    }
+    const HeadProblem& first = levels_[0];
+    shape_.iou_eps = args.iou_eps;
+    shape_.limit = args.limit;
+    shape_.varifocal = args.form == GFL_VARIFOCAL;
+    shape_.alpha = args.alpha;
+    shape_.beta = args.beta;
+    std::copy_n(args.loss_weights, 3, shape_.loss_weights);
+    shape_.normaliser_step = args.normalisers->strides[0];
+    shape_.sums_row = args.sums->strides[0];
+    shape_.sums_column = args.sums->strides[1];
+    shape_.count = args.levels;
+    shape_.batch = static_cast<int32_t>(first.batch);
+    shape_.classes = static_cast<int32_t>(first.classes);
+    shape_.bins = static_cast<int32_t>(first.bins);
+    shape_.label_dtype = first.labels.dtype;
+    shape_.label_weight_dtype = first.label_weights.dtype;
+    shape_.point_dtype = first.points.dtype;
+    shape_.box_target_dtype = first.box_targets.dtype;
+    shape_.iou = args.iou;
+    shape_.dense = first.dense;
+    accumulator_ = accumulator(first.cls.dtype);
+    for (int i = 0; i < 6; ++i) {
+      const gfl_view* const loss = args.losses[i] ? args.losses[i] : args.grad_losses[i];
+      if (!loss) continue;
+      const bool each = i >= 3;
+      if (loss->dtype != accumulator_ || loss->ndim != each ||
+          (each && loss->sizes[0] != args.levels)) {
+        fail(name_ + ": a loss or an upstream gradient has the wrong dtype or shape");
+      }
+      if (each) shape_.level_steps[i - 3] = loss->strides[0];
+    }
+    shape_.unit_upstream = args.losses[0] != nullptr;
+  }
+
+  // In doubles: four for each tile of boxes, or one for each tile of classes.
+  int64_t workspace() const {
+    HeadShape s = shape_;
+    const int64_t of_boxes = 4 * set_tiles(&s, kBoxThreads);
+    set_classes(&s, false);
+    return std::max<int64_t>({1, of_boxes, s.tiles});
+  }
+
+  void add_boxes(Plan* plan, double* partials) {
+    HeadShape s = shape_;
+    s.logits_dtype = levels_[0].box.dtype;
+    s.target_dtype = levels_[0].scores.dtype;
+    for (int l = 0; l < s.count; ++l) {
+      const HeadProblem& h = levels_[l];
+      set_level(h, h.box, h.scores, {}, &s.levels[l]);
+    }
+    set_tiles(&s, kBoxThreads);
+    if (s.tiles > 0) {
+      Launch* const launch = add(plan, kHeadBoxesKernel, accumulator_, s, kBoxThreads);
+      add_arguments(launch,
+                    {args_.quality->data, args_.weight->data, data_of(args_.boxes), partials});
+      add_argument(launch, s);
+    }
+    Launch* const finish = add(plan, kHeadBoxesFinishKernel, accumulator_, s, kHeadFinishThreads);
+    finish->grid = 1;
+    add_arguments(finish, {partials, args_.sums->data, args_.normalisers->data});
+    add_argument(finish, s);
+  }
+
+  // The loss of classes, or its gradient.
+  void add_classes(Plan* plan, double* partials, bool has_grad) {
+    HeadShape s = shape_;
+    const KernelFamily family = set_classes(&s, has_grad);
+    if (s.tiles > 0) {
+      const gfl_dtype dtype = levels_[0].cls.dtype;
+      int variant = -1;
+      if (family == kHeadClassKernel) {
+        variant = (has_grad ? kGrad : kLoss) | (s.planes ? kPlanes : 0) | (s.dense ? kDense : 0) |
+                  (s.varifocal ? kVarifocal
+                   : s.dense   ? kCrossEntropy
+                               : 0);
+      }
+      Launch* const launch = add(plan, family, dtype, s, kClassThreads, variant);
+      launch->shared_bytes = static_cast<int32_t>(
+          s.tile_cells * (2 * element_bytes(accumulator_) + static_cast<int64_t>(sizeof(int32_t))));
+      add_arguments(launch,
+                    {args_.quality->data, args_.normalisers->data, data_of(args_.grad_losses[0]),
+                     data_of(args_.grad_losses[3]), has_grad ? nullptr : partials});
+      add_argument(launch, s);
+    }
+    if (has_grad) return;
+    Launch* const finish = add(plan, kHeadLossesKernel, accumulator_, s, kHeadFinishThreads);
+    finish->grid = 1;
+    add_arguments(finish, {partials, args_.sums->data, args_.normalisers->data});
+    for (const gfl_view* loss : args_.losses) add_arguments(finish, {loss->data});
+    add_argument(finish, s);
+  }
+
+  void add_box_grad(Plan* plan) {
+    HeadShape s = shape_;
+    s.logits_dtype = levels_[0].box.dtype;
+    s.logits_bytes = static_cast<int32_t>(element_bytes(levels_[0].box.dtype));
+    const int64_t vector = vector_size(levels_[0].box.dtype);
+    for (int l = 0; l < s.count; ++l) {
+      const HeadProblem& h = levels_[l];
+      HeadLevel& level = s.levels[l];
+      set_level(h, h.box, {}, h.grad, &level);
+      level.wide = planes_aligned(level, level.grad, vector, h.batch);
+      level.packed =
+          level.grad.column == 1 && level.grad.cell == 4 * h.bins && level.width == level.cells;
+    }
+    set_tiles(&s, kBoxThreads);
+    if (s.tiles == 0) return;
+    Launch* const launch = add(plan, kHeadBoxGradKernel, accumulator_, s, kBoxThreads);
+    add_arguments(launch, {args_.weight->data, args_.normalisers->data,
+                           data_of(args_.grad_losses[1]), data_of(args_.grad_losses[2]),
+                           data_of(args_.grad_losses[4]), data_of(args_.grad_losses[5])});
+    add_argument(launch, s);
+  }
+
+ private:
+  static HeadMatrix matrix_of(const HeadProblem& h, const Operand& o) {
+    // Where a row is one cell, the next row is the next cell.
+    return {o.data, o.row[0], o.row[1], h.width == 1 && h.cells > 1 ? o.row[1] : o.row[2],
+            o.column};
+  }
+  static HeadVector vector_of(const Operand& o) { return {o.data, o.row[0], o.row[1], o.column}; }
+  static bool has_gaps(const HeadProblem& h, const HeadMatrix& matrix) {
+    return matrix.data && h.width < h.cells && matrix.row != h.width * matrix.cell;
+  }
+
+  static void set_level(const HeadProblem& h, const Operand& logits, const Operand& targets,
+                        const Operand& grad, HeadLevel* level) {
+    level->logits = matrix_of(h, logits);
+    level->targets = matrix_of(h, targets);
+    level->grad = matrix_of(h, grad);
+    level->points = vector_of(h.points);
+    level->labels = vector_of(h.labels);
+    level->box_targets = vector_of(h.box_targets);
+    level->label_weights = vector_of(h.label_weights);
+    level->stride = h.stride;
+    level->cells = static_cast<int32_t>(h.cells);
+    const bool gaps =
+        has_gaps(h, level->logits) || has_gaps(h, level->targets) || has_gaps(h, level->grad);
+    level->width = static_cast<int32_t>(gaps ? h.width : h.cells);
+  }
+
+  // Cuts the levels into tiles; returns how many.
+  int64_t set_tiles(HeadShape* s, int64_t tile_cells) const {
+    int64_t tiles = 0, anchor = 0;
+    s->tile_cells = static_cast<int32_t>(tile_cells);
+    for (int l = 0; l < s->count; ++l) {
+      HeadLevel& level = s->levels[l];
+      level.anchor = anchor;
+      level.first_tile = static_cast<int32_t>(tiles);
+      level.tiles = static_cast<int32_t>(ceil_div(levels_[l].cells, tile_cells));
+      tiles += s->batch * level.tiles;
+      if (tiles > kSmall) fail(name_ + ": too many anchors");
+      anchor += levels_[l].cells;
+    }
+    s->tiles = static_cast<int32_t>(tiles);
+    return tiles;
+  }
+
+  // Whether `vector` neighbouring cells are aligned wherever they begin at a multiple of it.
+  static bool planes_aligned(const HeadLevel& level, const HeadMatrix& m, int64_t vector,
+                             int64_t batch) {
+    return m.cell == 1 && level.width == level.cells && level.cells % vector == 0 &&
+           reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.column % vector == 0 &&
+           (batch == 1 || m.image % vector == 0);
+  }
+  // Whether every cell is aligned whose columns are neighbours.
+  static bool columns_aligned(const HeadLevel& level, const HeadMatrix& m, int64_t vector,
+                              int64_t batch) {
+    return m.column == 1 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.cell % vector == 0 &&
+           (level.width == level.cells || m.row % vector == 0) &&
+           (batch == 1 || m.image % vector == 0);
+  }
+
+  KernelFamily set_classes(HeadShape* s, bool has_grad) const {
+    const gfl_dtype dtype = levels_[0].cls.dtype, target_dtype = levels_[0].scores.dtype;
+    const int64_t vector = vector_size(dtype);
+    const int64_t target_vector = vector_size(s->dense ? target_dtype : dtype);
+    const HeadProblem* largest = &levels_[0];
+    for (int l = 0; l < s->count; ++l) {
+      const HeadProblem& h = levels_[l];
+      set_level(h, h.cls, s->dense ? h.scores : Operand{}, has_grad ? h.grad_cls : Operand{},
+                &s->levels[l]);
+      if (h.cells > largest->cells) largest = &h;
+    }
+    s->logits_dtype = dtype;
+    s->target_dtype = target_dtype;
+    s->target_is_float = target_dtype == GFL_FLOAT32 && dtype != GFL_FLOAT32;
+    s->has_grad = has_grad;
+    s->planes = matrix_of(*largest, largest->cls).cell == 1 &&
+                (s->classes == 1 || largest->cls.column != 1);
+    for (int l = 0; l < s->count; ++l) {
+      HeadLevel& level = s->levels[l];
+      const auto fits = [&](const HeadMatrix& m, int64_t n) {
+        return s->planes ? planes_aligned(level, m, n, s->batch)
+                         : columns_aligned(level, m, n, s->batch);
+      };
+      level.wide = (s->planes || s->classes % vector == 0) && fits(level.logits, vector) &&
+                   (!has_grad || fits(level.grad, vector));
+      level.columns = level.logits.column == 1 && (!has_grad || level.grad.column == 1);
+      level.target_wide = level.wide && s->dense && fits(level.targets, target_vector);
+    }
+    const bool common = dtype != GFL_FLOAT64 && s->beta == (s->dense && !s->varifocal ? 0 : 2) &&
+                        (!s->dense || target_dtype == dtype || target_dtype == GFL_FLOAT32);
+    s->lane_bits = lane_bits_for(ceil_div(s->classes, vector));
+    s->element_lane_bits = lane_bits_for(s->classes);
+    s->part_bits = lane_bits_for(s->classes, 3);
+    const int64_t warps = kClassThreads / 32 >> s->part_bits;
+    set_tiles(s, s->planes ? warps * 32 * (common ? vector : 4)
+                           : std::max(128, kClassThreads >> s->lane_bits));
+    return common ? kHeadClassKernel : kHeadClassGeneralKernel;
+  }
+
+  static Launch* add(Plan* plan, KernelFamily family, int dtype, const HeadShape& s, int block,
+                     int variant = -1) {
+    Launch* const launch = &plan->launches[plan->count++];
+    set_kernel(launch, family, dtype, variant);
+    launch->grid = s.tiles;
+    launch->block = block;
+    return launch;
+  }
+  static void add_arguments(Launch* launch, std::initializer_list<const void*> pointers) {
+    for (const void* pointer : pointers) add_argument(launch, pointer);
+  }
+
+  std::string name_;
+  const gfl_head_args& args_;
+  HeadProblem levels_[kMaxHeadLevels];
+  HeadShape shape_{};
+  gfl_dtype accumulator_;
+};
+
 }  // namespace
 
 void plan(const char* name, const gfl_quality_args& args, double* workspace, Plan* plan) {
@@ -348,6 +617,30 @@ void plan(const char* name, const gfl_integral_args& args, Plan* plan) {
   add_distribution(d, {1, GFL_FLOAT32}, nullptr, nullptr, plan);
 }
 
+int64_t head_workspace(const char* name, const gfl_head_args& args) {
+  return Head(name, args).workspace();
+}
+
+void plan_head_boxes(const char* name, const gfl_head_args& args, double* workspace, Plan* plan) {
+  *plan = {};
+  Head head(name, args);
+  if (!workspace) fail(std::string(name) + ": there is no workspace");
+  head.add_boxes(plan, workspace);
+}
+
+void plan_head(const char* name, const gfl_head_args& args, double* workspace, Plan* plan) {
+  *plan = {};
+  Head head(name, args);
+  if (args.losses[0]) {
+    if (!workspace) fail(std::string(name) + ": losses need a workspace");
+    head.add_classes(plan, workspace, false);
+  }
+  if (args.grad_box) {
+    head.add_classes(plan, nullptr, true);
+    head.add_box_grad(plan);
+  }
+}
+
 }  // namespace gfl
 
 // For the tests, which run the plans where there is no GPU.
@@ -363,6 +656,13 @@ GFL_API int gfl_distribution_cuda_plan(const gfl_distribution_args* args, double
 }
 GFL_API int gfl_integral_cuda_plan(const gfl_integral_args* args, gfl::Plan* plan) {
   return gfl::guarded([&] { gfl::plan("gfl_integral_cuda", *args, plan); });
+}
+GFL_API int gfl_head_boxes_cuda_plan(const gfl_head_args* args, double* workspace,
+                                     gfl::Plan* plan) {
+  return gfl::guarded([&] { gfl::plan_head_boxes("gfl_head_boxes_cuda", *args, workspace, plan); });
+}
+GFL_API int gfl_head_cuda_plan(const gfl_head_args* args, double* workspace, gfl::Plan* plan) {
+  return gfl::guarded([&] { gfl::plan_head("gfl_head_cuda", *args, workspace, plan); });
 }
 GFL_API int64_t gfl_cuda_plan_bytes(void) { return sizeof(gfl::Plan); }
 }

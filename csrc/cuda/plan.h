@@ -11,7 +11,13 @@ enum KernelFamily : int32_t {
   kQualityGeneralKernel,
   kDistributionKernel,
   kDistributionGeneralKernel,
-  kFinishKernel
+  kFinishKernel,
+  kHeadBoxesKernel,
+  kHeadBoxesFinishKernel,
+  kHeadClassKernel,
+  kHeadClassGeneralKernel,
+  kHeadLossesKernel,
+  kHeadBoxGradKernel
 };
 
 struct Launch {
@@ -24,17 +30,22 @@ struct Launch {
     int32_t offset, size;
     int32_t is_pointer;
   } arguments[16];
-  alignas(8) unsigned char bytes[1536];  // their values
+  alignas(8) unsigned char bytes[4096];  // their values: as many as a launch may have
 };
 
 struct Plan {
   int64_t count;  // 0 without rows: a loss of them all is 0
-  Launch launches[2];
+  Launch launches[4];
 };
 
 // workspace: kMaxBlocks doubles on the device, needed for a loss that is a sum.
 void plan(const char* name, const gfl_quality_args& args, double* workspace, Plan* plan);
 void plan(const char* name, const gfl_distribution_args& args, double* workspace, Plan* plan);
 void plan(const char* name, const gfl_integral_args& args, Plan* plan);
+
+// workspace: head_workspace(args) doubles. Without anchors the sums are launched all the same.
+int64_t head_workspace(const char* name, const gfl_head_args& args);
+void plan_head_boxes(const char* name, const gfl_head_args& args, double* workspace, Plan* plan);
+void plan_head(const char* name, const gfl_head_args& args, double* workspace, Plan* plan);
 
 }  // namespace gfl

@@ -26,29 +26,6 @@ GFL_DEVICE void dense_loss_grad(const float (&x)[n], const float (&q)[n],
   for (int i = 0; i < n; ++i) result[i] = quality_square_loss_grad(x[i], q[i]);
 }
 
-// Qualities of a dense target, in pred's dtype or float32; aligned.
-template <typename T, int n>
-GFL_DEVICE void load_qualities(const void* from, bool is_float, float (&q)[n]) {
-  if (sizeof(T) == 4 || !is_float) {
-    const Vector<T> v = load_vector(static_cast<const T*>(from));
-#pragma unroll
-    for (int i = 0; i < n; ++i) q[i] = widen(v.of[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < n; i += 4) {
-      const Vector<float> v = load_vector(static_cast<const float*>(from) + i);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) q[i + j] = v.of[j];
-    }
-  }
-}
-
-template <typename T>
-GFL_DEVICE float load_quality(const void* target, bool is_float, int64_t at) {
-  return is_float ? static_cast<const float*>(target)[at]
-                  : widen(static_cast<const T*>(target)[at]);
-}
-
 // The thread's part of the loss. In float: with so few of its rows, errors of threads cancel out.
 template <typename T, int kVariant, typename Factor>
 GFL_DEVICE float quality_rows(const void* pred, const void* target, const void* score,

@@ -80,4 +80,63 @@ struct DistributionShape {
   int32_t slots;                     // vectors that a row may touch
 };
 
+// Heads: all levels of a pyramid in one launch, a block to a tile, which is neighbouring cells of
+// one image of one level. One structure serves all stages; each has its own tiles.
+constexpr int kMaxHeadLevels = 12;  // as 4 KiB of kernel parameters allow
+constexpr int kBoxThreads = 128;    // and cells of a tile of boxes
+constexpr int kClassThreads = 256;
+constexpr int kHeadFinishThreads = 512;
+
+// Beside kLoss or kGrad, kDense and kPlanes; Varifocal Loss with gamma = 2. Without any the loss is
+// Quality Focal Loss with beta = 2. head_class_general_kernel takes whatever there is.
+enum ClassVariant { kCrossEntropy = 16, kVarifocal = 32, kGeneralClass = 64 };
+
+// Strides in elements.
+struct HeadMatrix {  // [B, rows, width, columns]
+  char* data;
+  int64_t image, row, cell, column;
+};
+struct HeadVector {  // a value per cell, or a few
+  const char* data;
+  int64_t image, cell, column;
+};
+
+struct HeadLevel {
+  HeadMatrix logits;   // of boxes or classes
+  HeadMatrix targets;  // of the classes; for head_boxes_kernel what a positive's weight is made of
+  HeadMatrix grad;     // of logits
+  HeadVector points, labels, box_targets, label_weights;
+  int64_t anchor;             // the number of its first one in an image
+  double stride;              // in pixels
+  int32_t cells;              // of an image
+  int32_t width;              // as many as cells if no matrix has a gap between rows
+  int32_t first_tile, tiles;  // of the launch; of an image
+  // Whether logits and grad, or grad alone in head_box_grad_kernel, are whole aligned vectors along
+  // the launch's contiguous dimension; whether the targets are, along the same.
+  bool wide, target_wide;
+  bool columns;  // a cell's classes are neighbours
+  bool packed;   // grad of boxes: cells lie one after the other without gaps
+};
+
+struct HeadShape {
+  HeadLevel levels[kMaxHeadLevels];
+  double iou_eps, limit, alpha, beta, loss_weights[3];
+  int64_t anchors;  // of an image
+  int64_t normaliser_step, sums_row, sums_column;
+  int64_t level_steps[3];  // of losses, or of upstream gradients, per level: classes, box, DFL
+  int32_t count;           // of levels
+  int32_t tiles, tile_cells;
+  int32_t batch, classes, bins;
+  int32_t logits_dtype, target_dtype, label_dtype, label_weight_dtype, point_dtype,
+      box_target_dtype;
+  int32_t logits_bytes;
+  int32_t iou;
+  bool dense;  // there are targets of classes; labels are a mask
+  bool varifocal;
+  bool unit_upstream;
+  // Classes. As in QualityShape, and for elements one by one.
+  int32_t lane_bits, element_lane_bits, part_bits;
+  bool target_is_float, has_grad, planes;
+};
+
 }  // namespace gfl

@@ -22,7 +22,7 @@ from .errors import (
     UninitializedRead,
     UnsupportedInstruction,
 )
-from .kernel import Kernel, Module, parse
+from .kernel import Kernel, Module, Packed, parse
 from .nvcc import CompileError, compile_ptx, nvcc
 from .report import GPUS, Report, Roofline, demangle
 from .triton_driver import TritonDevice, triton_device
@@ -38,6 +38,7 @@ __all__ = [
     "Misaligned",
     "Module",
     "OutOfBounds",
+    "Packed",
     "ParseError",
     "PtxSimError",
     "Report",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,13 @@ from .program import Program
 from .report import Report, demangle, make_report
 
 BATCH_BYTES = 1 << 29  # registers and local memory of a batch stay below this
+
+
+class Packed(NamedTuple):
+    """A struct by value that has pointers in it."""
+
+    data: bytes
+    pointers: Sequence[tuple[int, str, object]]  # (offset, name, array or tensor)
 
 
 class Module:
@@ -133,7 +141,8 @@ class Kernel:
         ----------
         grid, block : int or up to three ints
         args : numpy arrays or torch CPU tensors (passed as pointers), int, float,
-            numpy scalars, None (null pointer) or bytes (structs by value)
+            numpy scalars, None (null pointer), bytes (structs by value) or Packed (with
+            pointers inside)
         shared_bytes : dynamic shared memory
         names : argument names for reports and errors
         buffers : further arrays the kernel may access (pointers inside structs)
@@ -143,7 +152,7 @@ class Kernel:
             after the other up to each barrier; results that differ reveal races
         isolate : give every allocation its own far-away address range instead of its
             real address, so that no overrun can reach another argument (pointers
-            inside structs or memory then do not work)
+            inside plain bytes or memory then do not work)
         check_uninit : raise on reads of shared memory nobody wrote
         count_memory : collect memory statistics
         max_steps : scheduling steps per batch of CTAs before giving up
@@ -271,6 +280,11 @@ def _pack(arg, var: Var, name: str, arena: Arena) -> bytes:
         return bytes(var.size)
     if isinstance(arg, (bytes, bytearray, memoryview)):
         return bytes(arg)
+    if isinstance(arg, Packed):
+        data = bytearray(arg.data)
+        for offset, inner, obj in arg.pointers:
+            data[offset : offset + 8] = arena.add(obj, inner).to_bytes(8, "little")
+        return bytes(data)
     if isinstance(arg, np.generic):
         return arg.tobytes()
     if isinstance(arg, float) or (isinstance(arg, int) and var.type in ("f32", "f64")):

@@ -132,15 +132,15 @@ typedef struct {
   gfl_iou iou;                   /* the box loss: -log IoU, GIoU, DIoU, CIoU, CIoU at every IoU */
   double iou_eps;
   double limit; /* the largest target of the DFL, in bins */
-  /* These are float64 if cls and box are, else float32, without gaps. gfl_head_boxes_cpu writes
-   * them, gfl_head_cpu reads them; boxes only if it is there. */
+  /* These are float64 if cls and box are, else float32, without gaps. gfl_head_boxes_* write them,
+   * gfl_head_* read them; boxes only if it is there. */
   const gfl_view* quality;     /* [B, A] IoU of positives, 0 elsewhere */
   const gfl_view* weight;      /* [B, A] of positives, 0 elsewhere */
   const gfl_view* sums;        /* [levels, 2] weighted box loss and DFL */
   const gfl_view* normalisers; /* [2] divisors: the sum over images of max(positives, 1), with
                                   targets that of the weights; the sum of the weights */
   const gfl_view* boxes;       /* [B, A, 4] pixels, of positives, 0 elsewhere; optional */
-  /* For gfl_head_cpu: three losses and three arrays [levels], of classes, box and DFL. form, alpha
+  /* For gfl_head_*: three losses and three arrays [levels], of classes, box and DFL. form, alpha
    * and beta are those of gfl_quality_args; Varifocal Loss needs targets. */
   gfl_form form;
   double alpha;
@@ -154,6 +154,12 @@ typedef struct {
 
 GFL_API int gfl_head_boxes_cpu(const gfl_head_args* args);
 GFL_API int gfl_head_cpu(const gfl_head_args* args);
+
+/* On CUDA a head has at most 12 levels, each list one dtype, and the workspace the size that the
+ * first function says; -1 if it fails. */
+GFL_API int64_t gfl_head_cuda_workspace_bytes(const gfl_head_args* args);
+GFL_API int gfl_head_boxes_cuda(const gfl_head_args* args, void* workspace, void* stream);
+GFL_API int gfl_head_cuda(const gfl_head_args* args, void* workspace, void* stream);
 
 GFL_API const char* gfl_last_error(void);
 

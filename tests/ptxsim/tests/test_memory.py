@@ -126,6 +126,12 @@ def test_struct_arguments_and_extra_buffers():
         m.kernels["k"].launch(1, 64, [packed, out])
     m.kernels["k"].launch(1, 64, [packed, out], buffers={"x": x})
     assert np.array_equal(out, x * 2.5 + 3)
+    out.fill(0)  # the pointer inside moves with x
+    inside = ptxsim.Packed(packed, [(0, "x", x)])
+    report = m.kernels["k"].launch(1, 64, [inside, out], names=["s", "out"], isolate=True)
+    assert np.array_equal(out, x * 2.5 + 3) and report.traffic("x").read_bytes == 256
+    with pytest.raises(ptxsim.OutOfBounds):
+        m.kernels["k"].launch(2, 64, [ptxsim.Packed(packed, []), out], isolate=True)
 
 
 def test_isolation_separates_arguments():
