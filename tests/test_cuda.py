@@ -302,13 +302,14 @@ def test_registers(dtype):
     """64 of them and nothing spilled in what a training step runs: forward and backward."""
     names = [f"quality_kernel<{dtype}, {variant}>" for variant in (1, 2, 3, 5, 6, 7, 9, 10)]
     names += [f"quality_kernel<{dtype}, {16 + variant}>" for variant in (1, 2, 5, 6, 9, 10)]
-    names += [f"distribution_kernel<{dtype}, {bins}>" for bins in (0, 8, 16, 17)]
+    names += [f"distribution_kernel<{dtype}, {bins}>" for bins in (0, 8, 16, 17, 33)]
     for name in names:
         try:
             (info,) = ptxsim.ptxas_info(ptx(name)).values()
         except ptxsim.PtxSimError as error:
             pytest.skip(f"ptxas and the CUDA binary utilities are needed: {error}")
-        assert info.registers <= 64 and info.spills == 0, (name, info.registers, info.spills)
+        most = 80 if name.endswith(", 33>") else 64  # a whole row, too
+        assert info.registers <= most and info.spills == 0, (name, info.registers, info.spills)
 
 
 def test_odd_rows_move_in_vectors_too():

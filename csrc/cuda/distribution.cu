@@ -213,6 +213,7 @@ GFL_DEVICE A compute_whole_row(const Bins<T, int>& bins, Row<A> row, bool is_int
   if (!write) return value;
   each([&](int, A& z) { z *= inverse; });
   if (is_integral) {
+    asm("" : "+l"(values));  // or the values of all bins would stay in registers since the moment
     each([&](int k, A& z) { z = expectation_grad(z, bin_value<A>(values, s.values, k), value); });
   }
 #pragma unroll
@@ -232,6 +233,7 @@ struct Mover {
   Place* at;  // the tile's first row
   int64_t row_stride, bin_stride;
   int count;  // rows
+  int pad;    // elements between rows in shared memory
   T* staged;
   // Of the rows, in shared memory; null: none is 0. Rows of weight 0 are not read.
   const A* weights;
@@ -271,24 +273,27 @@ struct Mover {
     const int slots = packed ? length / V + 2 : stage.slots;
     if (stage.wide && packed && (kStore || !weights)) {
       constexpr int kBatch = 3, kStep = kDistributionThreads * V;  // so many loads at once
-      Place* const from = settled(at + threadIdx.x * V);
-      T* const to = staged + threadIdx.x * V;
-      const int whole = length - (V - 1) - static_cast<int>(threadIdx.x) * V;
+      const int mine = static_cast<int>(threadIdx.x) * V, whole = length - (V - 1) - mine;
+      Place* const place = settled(at + mine);
+      T* const here = staged + mine;
+      const auto padded = [&](int k) {
+        return pad ? k + quotient(k + mine, s.bins_magic) * pad : k;
+      };
 #pragma unroll 1
       for (int i = 0; i < whole; i += kBatch * kStep) {
         Vector<T> v[kBatch];
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
           const int k = i + j * kStep;
-          if (k < whole) v[j] = load_vector(kStore ? to + k : from + k);
+          if (k < whole) v[j] = load_vector(kStore ? here + padded(k) : place + k);
         }
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
           const int k = i + j * kStep;
-          if (k < whole) store_vector(const_cast<T*>(kStore ? from + k : to + k), v[j]);
+          if (k < whole) store_vector(const_cast<T*>(kStore ? place + k : here + padded(k)), v[j]);
         }
       }
-      const int k = length / V * V + threadIdx.x;
+      const int k = length / V * V + threadIdx.x;  // there are such without pads alone
       if (k < length) move(at + k, staged + k);
       return;
     }
@@ -326,7 +331,7 @@ struct Mover {
 
 // kBins: known in advance, and a thread to each row; or 0: any number.
 template <int kDtype, int kBins>
-__global__ void __launch_bounds__(kDistributionThreads, kDtype == GFL_FLOAT64 ? 6 : 8)
+__global__ void __launch_bounds__(kDistributionThreads, kDtype == GFL_FLOAT64 || kBins > 17 ? 6 : 8)
     distribution_kernel(const void* pred, const void* target, const void* weight_left,
                         const void* weight_right, const void* weight, const void* upstream,
                         const void* avg_factor, const void* values, void* loss, double* partials,
@@ -340,6 +345,8 @@ __global__ void __launch_bounds__(kDistributionThreads, kDtype == GFL_FLOAT64 ? 
   const A factor = scale_factor<A>(s.scale, avg_factor);
   const int lane_bits = kBins ? 0 : s.lane_bits, lane = threadIdx.x & ((1 << lane_bits) - 1);
   const int tiles = s.tiles, tiles_per_run = s.tiles_per_run;
+  constexpr bool kPadded = kBins == 0 || (kBins % V == 0 && kBins / V % 2 == 0);  // as planned
+  const int pad = kPadded ? s.row_step - static_cast<int>(s.bins) : 0;
   A total = 0;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int run = s.rows.ndim == 1 ? 0 : divide(tile, tiles_per_run);
@@ -357,6 +364,7 @@ __global__ void __launch_bounds__(kDistributionThreads, kDtype == GFL_FLOAT64 ? 
                        s.pred.row[kInner],
                        s.pred.column,
                        count,
+                       pad,
                        staged,
                        weight ? weights : nullptr,
                        s.pred_stage,
@@ -384,6 +392,9 @@ __global__ void __launch_bounds__(kDistributionThreads, kDtype == GFL_FLOAT64 ? 
         constexpr int kPiece = kBins % V ? 1 : V;
         const Bins<T, int> bins{mine, mine, 1, 1};
         value = compute_whole_row<kBins, kPiece>(bins, row, !target, write, values, s);
+      } else if constexpr (kBins > 17) {  // planes; so many addresses would be spilled
+        const Bins<T, int> bins{mine, mine, s.bin_step, s.bin_step};
+        value = compute_row<1>(bins, row, !target, write, values, s, lane);
       } else {
         // Settled: or the addresses of all bins would stay in registers until they are written.
         T* const again = staged + settled(in_tile * s.row_step);
@@ -401,6 +412,7 @@ __global__ void __launch_bounds__(kDistributionThreads, kDtype == GFL_FLOAT64 ? 
                         s.grad.row[kInner],
                         s.grad.column,
                         count,
+                        pad,
                         staged,
                         nullptr,
                         s.grad_stage,
@@ -467,6 +479,8 @@ static const void* distribution_kernel_for(int bins) {
       return reinterpret_cast<const void*>(distribution_kernel<kDtype, 16>);
     case 17:
       return reinterpret_cast<const void*>(distribution_kernel<kDtype, 17>);
+    case 33:
+      return reinterpret_cast<const void*>(distribution_kernel<kDtype, 33>);
     default:
       return nullptr;
   }

@@ -208,11 +208,13 @@ StageShape stage_of(const Operand& operand, const Steps& steps, const Distributi
   StageShape stage{};
   int64_t length;
   if (operand.column == 1) {
-    const bool packed =
-        s.rows.ndim == 1 && steps.row[kInner] == s.bins && s.row_step == s.bins && s.bin_step == 1;
+    const bool gapless = s.rows.ndim == 1 && steps.row[kInner] == s.bins && s.bin_step == 1;
+    const bool vectors = aligned(operand) && s.tile_rows * s.bins % vector == 0;
+    // Rows with pads between them in shared memory move as one line only in whole vectors, of which
+    // none is left out.
+    const bool packed = gapless && (s.row_step == s.bins || (vectors && !s.weight.present));
     stage.mode = packed ? kPacked : kRows;
-    stage.wide = packed ? aligned(operand) && s.tile_rows * s.bins % vector == 0
-                        : s.whole_vectors && classes_aligned(operand, steps, vector);
+    stage.wide = packed ? vectors : s.whole_vectors && classes_aligned(operand, steps, vector);
     length = s.bins;
   } else {
     stage.mode = steps.row[kInner] == 1 ? kBinPlanes : -1;
@@ -258,8 +260,8 @@ void plan_distribution(const DistributionProblem& d, DistributionShape* s, Launc
              kDistributionThreads);
     return;
   }
-  const bool whole = (d.bins == 8 || d.bins == 16 || d.bins == 17) && s->lane_bits == 0 &&
-                     d.pred.dtype != GFL_FLOAT64;
+  const bool whole = (d.bins == 8 || d.bins == 16 || d.bins == 17 || d.bins == 33) &&
+                     s->lane_bits == 0 && d.pred.dtype != GFL_FLOAT64;
   set_kernel(launch, kDistributionKernel, d.pred.dtype, whole ? static_cast<int>(d.bins) : 0);
   s->tiles_per_run = ceil_div(s->rows.size[kInner], tile_rows);
   s->tiles = s->rows.count / s->rows.size[kInner] * s->tiles_per_run;

@@ -59,7 +59,7 @@ struct QualityShape {
 // Distribution family. distribution_kernel stages tiles of rows in shared memory, as they are;
 // distribution_general_kernel reads them where they lie.
 enum StageMode {
-  kPacked,    // rows lie one after the other without gaps, in memory as in shared memory
+  kPacked,    // rows lie one after the other without gaps
   kRows,      // a row's bins do
   kBinPlanes  // the bins of neighbouring rows do: NCHW
 };
