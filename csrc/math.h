@@ -85,8 +85,9 @@ GFL_HD T log1p_series(T f) {
 }
 
 // log(1 + e).  Valid: e in [0, 1], NaN.  Max relative error: 2e-7 (float), 3.6e-16 (double).
-// Not log(1 + e): in float32 that is 0 for every e below 6e-8, a logit of -17.
-template <typename T>
+// Not log(1 + e): in float32 that is 0 for every e below 6e-8, a logit of -17.  kHalf: the logit
+// was a half float, rounded to 2^-12 at best; a machine may have a cheaper form for it.
+template <bool kHalf = false, typename T>
 GFL_HD T log1p_unit(T e) {
   using S = scalar_t<T>;
   if constexpr (sizeof(S) == 4) {
@@ -125,6 +126,16 @@ GFL_HD T logarithm(T v) {
     return n * S(6.93147180369123816490e-01) +
            (n * S(1.90821492927058770002e-10) + log1p_series(f));
   }
+}
+
+// log(v).  Valid: v in [0, 1/2], NaN; 0 gives a number below -100.  Max relative error: 1.1e-7
+// (float), 3.3e-16 (double).  A denormal, sigmoid(-95) in float32, has a logarithm too.
+template <typename T>
+GFL_HD T logarithm_to_half(T v) {
+  using S = scalar_t<T>;
+  const auto tiny = v < smallest<S>();
+  return logarithm(select(tiny, v * S(0x1p64), v)) -
+         select(tiny, broadcast<T>(S(44.3614195558364998)), broadcast<T>(S(0)));  // 64 ln 2
 }
 
 // log(1 - p).  Valid: p in [0, 1), NaN.  Max relative error: 1.5e-7 (float), 3.6e-16 (double).  The
@@ -196,14 +207,14 @@ struct Logistic {
   T log1p_e, w, ds, a, e, r;  // r = 1 / (1 + e)
 };
 
-template <typename T>
+template <bool kHalf = false, typename T>
 GFL_HD Logistic<T> logistic(T x) {
   using S = scalar_t<T>;
   const T na = negative_abs(x);
   const T e = exponential(na);
   const T r = reciprocal(e + S(1));
   const T w = e * r;
-  return {log1p_unit(e), w, w * r, -na, e, r};
+  return {log1p_unit<kHalf>(e), w, w * r, -na, e, r};
 }
 
 // B = |x| tau + log1p(e), without the first term for tau = 0: an infinite logit on the right side.
@@ -215,7 +226,7 @@ GFL_HD T cross_entropy(T a, T tau, T log1p_e) {
 
 // Quality Focal Loss with beta = 2 on a background element, q = 0:  L = s^2 softplus(x),
 // dL/dx = s^2 (s + 2 (1 - s) softplus(x)).
-template <typename T>
+template <bool kHalf = false, typename T>
 GFL_HD LossGrad<T> quality_background_loss_grad(T x) {
   using S = scalar_t<T>;
   const T na = negative_abs(x);
@@ -224,17 +235,17 @@ GFL_HD LossGrad<T> quality_background_loss_grad(T x) {
   const T w = e * r;
   const auto positive = x >= S(0);
   const T s = select(positive, r, w);
-  const T b = log1p_unit(e) + select(positive, -na, broadcast<T>(S(0)));
+  const T b = log1p_unit<kHalf>(e) + select(positive, -na, broadcast<T>(S(0)));
   const T square = s * s;
   const T rest = select(positive, w, r);  // 1 - s
   return {square * b, square * ((rest + rest) * b + s)};
 }
 
 // Quality Focal Loss with beta = 2:  L = d^2 B,  dL/dx = d^2 d + 2 d s (1 - s) B.
-template <typename T>
+template <bool kHalf = false, typename T>
 GFL_HD LossGrad<T> quality_square_loss_grad(T x, T q) {
   using S = scalar_t<T>;
-  const Logistic<T> c = logistic(x);
+  const Logistic<T> c = logistic<kHalf>(x);
   const auto positive = x >= S(0);
   const T tau = select(positive, S(1) - q, q);
   const T b = cross_entropy(c.a, tau, c.log1p_e);
@@ -286,41 +297,39 @@ GFL_HD LossGrad<T> quality_loss_grad(T x, T q, scalar_t<T> beta) {
 
 // Quality Focal Loss on probabilities:  L = |d|^beta B, d = p - q, B = -q log p - (1 - q) log(1 -
 // p) with logs clamped at -100;  dL/dp = |d|^beta d / max(p (1 - p), 1e-12) + beta |d|^(beta - 1)
-// sign(d) B: F.binary_cross_entropy's rules.
-template <typename T>
+// sign(d) B: F.binary_cross_entropy's rules.  kBackground: q is 0.
+template <bool kBackground = false, typename T>
 GFL_HD LossGrad<T> quality_probability_loss_grad(T p, T q, scalar_t<T> beta) {
   using S = scalar_t<T>;
-  const T zeros = broadcast<T>(S(0)), ones = broadcast<T>(S(1));
-  const auto beyond = (p < S(0)) | (p > S(1));
-  const T d = p - q;
-  p = select(p < S(0), zeros, select(p > S(1), ones, p));
-  const auto at_zero = p == S(0);
-  const auto at_one = p == S(1);
-  const T floor = broadcast<T>(S(-100));
-  // A denormal p, sigmoid(-95) in float32, has a logarithm too: the caller does not flush them.
-  const auto tiny = p < smallest<S>();
-  const T normal = select(at_zero, ones, select(tiny, p * S(0x1p64), p));
-  const T log_normal =
-      logarithm(normal) - select(tiny, broadcast<T>(S(44.3614195558364998)), zeros);  // 64 ln 2
-  const T log_p = maximum(floor, select(at_zero, floor, log_normal));
-  const T log_1mp = maximum(floor, select(at_one, floor, log1m(select(at_one, zeros, p))));
-  const T b = -(q * log_p) - (S(1) - q) * log_1mp;
-  const T size = -negative_abs(d);
-  const auto zero = size < smallest<S>();
-  const T safe = select(zero, ones, size);
+  const T zeros = broadcast<T>(S(0)), ones = broadcast<T>(S(1)), floor = broadcast<T>(S(-100));
+  const T d = kBackground ? p : p - q;
+  // m is the smaller of p and 1 - p. Its logarithm is far from 0, the other's is log(1 - m).
+  const auto upper = p >= S(0.5);
+  T m = select(upper, S(1) - p, p);
+  const auto beyond = m < S(0);
+  m = select(beyond, zeros, m);
+  const T near = log1m(m);
+  T far = logarithm_to_half(m);
+  far = select(far < floor, floor, far);
+  T b = -select(upper, far, near);
+  if (!kBackground) b = (S(1) - q) * b - q * select(upper, near, far);
   T power, slope;  // |d|^beta and beta |d|^(beta - 1) sign(d)
   if (beta == S(2)) {
     power = d * d;
     slope = d + d;
   } else {
+    const T size = -negative_abs(d);
+    const auto zero = size < smallest<S>();
+    const T safe = select(zero, ones, size);
     power = select(zero, broadcast<T>(beta == S(0) ? S(1) : S(0)), pow_abs(logarithm(safe), beta));
     slope = beta * (power / safe);
     slope = select(zero, zeros, select(d > S(0), slope, -slope));
   }
-  const T spread = maximum(broadcast<T>(S(1e-12f)),
-                           p * (S(1) - p));  // the float that PyTorch has in every dtype
-  // A clamped p stands still: only |d|^beta still depends on it.
-  const T bce_slope = select(beyond, zeros, (p - q) / spread);
+  const T least = broadcast<T>(S(1e-12f));  // the float that PyTorch has in every dtype
+  T spread = m - m * m;
+  spread = select(spread < least, least, spread);
+  // A p beyond [0, 1] stands still in B: only |d|^beta still depends on it.
+  const T bce_slope = select(beyond, zeros, d * reciprocal(spread));
   return {power * b, power * bce_slope + slope * b};
 }
 

@@ -1,9 +1,9 @@
 // The primitives math.h is written in, on scalars of a GPU thread; included before it, by .cu files
 // alone.
 //
-// With GFL_APPROXIMATE the float overloads at the end take the place of math.h's own exponential
-// and log1p_unit: instructions in which a GPU has hardware, or a term less. Where an error is
-// multiplied by something large (beta < 1) a file leaves them out.
+// With GFL_APPROXIMATE the float overloads at the end take the place of math.h's own: instructions
+// in which a GPU has hardware, or a term less. Where an error is multiplied by something large
+// (beta < 1) a file leaves them out.
 #pragma once
 
 #include <cstdint>
@@ -76,10 +76,21 @@ GFL_DEVICE float exponential(float x) {
   return e;
 }
 
-// log(1 + e).  Valid: e in [0, 1], NaN.  Max relative error: 3.4e-7.  Not lg2.approx, which is good
-// to 2^-22 absolute near 1.
+// log(1 + e).  Valid: e in [0, 1], NaN.  Max relative error: 3.4e-7, or 1.5e-6 if kHalf.  Not
+// lg2.approx, which is good to 2^-22 absolute near 1.
+template <bool kHalf = false>
 GFL_DEVICE float log1p_unit(float e) {
-  float p = e * -0.008539197801925138f + 0.04408959149373808f;
+  float p;
+  if (kHalf) {
+    p = e * 0.014141022227704525f - 0.06640179455280304f;
+    p = p * e + 0.14922386407852173f;
+    p = p * e - 0.2350386083126068f;
+    p = p * e + 0.33109450340270996f;
+    p = p * e - 0.4998696446418762f;
+    p = p * e + 0.9999987483024597f;
+    return p * e;
+  }
+  p = e * -0.008539197801925138f + 0.04408959149373808f;
   p = p * e - 0.10768165299070905f;
   p = p * e + 0.17745236940510242f;
   p = p * e - 0.2449546105570622f;
@@ -87,6 +98,26 @@ GFL_DEVICE float log1p_unit(float e) {
   p = p * e - 0.4999740537328888f;
   p = p * e + 0.9999998056682943f;
   return p * e;
+}
+
+// log(v).  Valid: v in [0, 1/2], NaN; 0 gives -inf.  Max relative error: 3.5e-7. Denormals have a
+// logarithm too: no .ftz.
+GFL_DEVICE float logarithm_to_half(float v) {
+  float log2_v;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(log2_v) : "f"(v));
+  return log2_v * 0.6931471805599453f;
+}
+
+// log(1 - p).  Valid: p in [0, 1/2], NaN.  Max relative error: 2.9e-7.
+GFL_DEVICE float log1m(float p) {
+  float y = p * 1.184933066368103f - 1.081543207168579f;
+  y = y * p + 0.7854332327842712f;
+  y = y * p + 0.03801724687218666f;
+  y = y * p + 0.2722506821155548f;
+  y = y * p + 0.33186259865760803f;
+  y = y * p + 0.5000365376472473f;
+  y = y * p + 0.9999998807907104f;
+  return -(y * p);
 }
 
 #else

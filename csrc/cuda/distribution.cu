@@ -14,22 +14,22 @@ struct Row {
   A w, g_factor, left, wl, wr;
 };
 
-// offsets: target, weight_left, weight_right, weight, upstream.
-template <typename A>
+// offset(operand) is the row's place in one.
+template <typename A, typename Offset>
 GFL_DEVICE Row<A> load_row(const void* target, const void* weight_left, const void* weight_right,
-                           A w, const void* upstream, A factor, const int64_t (&at)[4],
+                           A w, const void* upstream, A factor, const Offset& offset,
                            const DistributionShape& s) {
   Row<A> row{w, w == 0 ? A(0) : w * factor, 0, 0, 0};
   // A row of weight 0 stays out whatever comes from upstream.
-  if (upstream && w != 0) row.g_factor *= static_cast<const A*>(upstream)[at[3]];
+  if (upstream && w != 0) row.g_factor *= static_cast<const A*>(upstream)[offset(s.upstream)];
   if (target && w != 0) {
     const A last = static_cast<A>(s.bins - 1);
-    const A t = load_value<A>(target, s.target.dtype, at[0]);
+    const A t = load_value<A>(target, s.target.dtype, offset(s.target));
     if (!weight_left) {
       split_target(t, last, &row.left, &row.wl, &row.wr);
     } else {
-      row.wl = load_value<A>(weight_left, s.weight_left.dtype, at[1]);
-      row.wr = load_value<A>(weight_right, s.weight_right.dtype, at[2]);
+      row.wl = load_value<A>(weight_left, s.weight_left.dtype, offset(s.weight_left));
+      row.wr = load_value<A>(weight_right, s.weight_right.dtype, offset(s.weight_right));
       row.left = t >= last ? last : (t >= 0 ? t : A(0));
       if (t >= last) {  // there is no bin right of the last: its weight goes there too
         row.wl += row.wr;
@@ -45,354 +45,366 @@ GFL_DEVICE A bin_value(const void* values, const Steps& steps, int k) {
   return values ? static_cast<const A*>(values)[k * steps.column] : static_cast<A>(k);
 }
 
-// Where the bins of a row are while it is computed: in shared memory, which holds z, then e = exp(z
-// - max), then the gradient; or at their places in pred and grad.
-template <typename A>
-struct StagedRow {
-  A* at;
-  int step;
+// kPiece neighbouring bins of a row: 1, or a vector of them, which is aligned.
+template <int kPiece, typename T, typename A>
+GFL_DEVICE void load_piece(const T* from, A (&to)[kPiece]) {
+  if constexpr (kPiece == 1) {
+    to[0] = widen(*from);
+  } else {
+    widen(load_vector(from), to);
+  }
+}
+template <int kPiece, typename T, typename A>
+GFL_DEVICE void store_piece(T* to, const A (&from)[kPiece]) {
+  if constexpr (kPiece == 1) {
+    narrow(from[0], to);
+  } else {
+    Vector<T> v;
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) narrow(from[i], v.of + i);
+    store_vector(to, v);
+  }
+}
 
-  GFL_MEMBER A z(int k) const { return at[k * step]; }
-  GFL_MEMBER void keep(int k, A e) const { at[k * step] = e; }
-  GFL_MEMBER A e(int k, A) const { return at[k * step]; }
-  GFL_MEMBER void write(int k, A g) const { at[k * step] = g; }
-};
-template <typename T, typename A>
-struct PlacedRow {
+// Where the bins of a row are while it is computed: in shared memory, where the gradient takes the
+// place of z; or at their places in pred and grad.
+template <typename T, typename Step>
+struct Bins {
   const T* pred;
   T* grad;
-  int64_t pred_step, grad_step;
+  Step pred_step, grad_step;
 
-  GFL_MEMBER A z(int k) const { return widen(pred[k * pred_step]); }
-  GFL_MEMBER void keep(int, A) const {}
-  GFL_MEMBER A e(int k, A high) const { return exponential(z(k) - high); }
-  GFL_MEMBER void write(int k, A g) const { narrow(g, grad + k * grad_step); }
+  GFL_MEMBER const T* z(int k) const { return pred + k * pred_step; }
+  GFL_MEMBER T* g(int k) const { return grad + k * grad_step; }
 };
 
-// Weighted loss, or expectation, and gradient of a row, by the s.lanes neighbours it belongs to, of
-// which this thread is number `lane`. The whole warp takes part; a row of weight 0 is not read.
-template <typename A, typename Bins>
-GFL_DEVICE A compute_row(const Bins& bins, const Row<A>& row, bool is_integral, bool write,
-                         const void* values, const DistributionShape& s, int lane) {
-  const int count = s.bins, lanes = s.lanes;
-  const bool read = row.w != 0;
-  A high = static_cast<A>(-INFINITY);
-  if (read) {
-    for (int k = lane; k < count; k += lanes) {
-      high = larger(bins.z(k), high);
-    }
-  }
-  const int left = static_cast<int>(row.left);
-  A z_left = 0, z_right = 0;
-  if (read && !is_integral) {
-    z_left = bins.z(left);
-    z_right = bins.z(min(left + 1, count - 1));
-  }
-  high = max_lanes(high, lanes);
-  __syncwarp();  // from here on neighbours overwrite z
-  A sum = 0, moment = 0;
-  if (read) {
-    for (int k = lane; k < count; k += lanes) {
-      const A e = exponential(bins.z(k) - high);
-      sum += e;
-      if (is_integral) moment += e * bin_value<A>(values, s.values, k);
-      bins.keep(k, e);
-    }
-  }
-  sum = sum_lanes(sum, lanes);
-  A inverse = reciprocal(sum), value;
+// What the loss and the gradient of a row have in common.
+template <typename A>
+struct RowTotals {
+  A high, sum, moment, z_left, z_right;  // the last two less high
+};
+
+// Weighted loss, or expectation, of a row; `inverse` and the weights become those of the gradient.
+template <typename A>
+GFL_DEVICE A finish_row(const RowTotals<A>& t, bool is_integral, Row<A>* row, A* inverse) {
+  *inverse = reciprocal(t.sum);
   if (is_integral) {
-    value = sum_lanes(moment, lanes) * inverse;
-  } else {
-    value =
-        distribution_loss(logarithm(sum), row.wl, row.wr, z_left - high, z_right - high) * row.w;
+    const A value = t.moment * *inverse;
+    *inverse *= row->g_factor;
+    return value;
   }
-  if (write) {
-    const A wl = row.wl * row.g_factor, wr = row.wr * row.g_factor;
-    inverse *= is_integral ? row.g_factor : wl + wr;
-    for (int k = lane; k < count; k += lanes) {
-      A g = 0;
-      if (read) {
-        const A p = bins.e(k, high) * inverse;
-        g = is_integral ? expectation_grad(p, bin_value<A>(values, s.values, k), value)
-                        : distribution_grad(p, k == left, k - 1 == left, wl, wr);
-      }
-      bins.write(k, g);
+  const A value =
+      distribution_loss(logarithm(t.sum), row->wl, row->wr, t.z_left, t.z_right) * row->w;
+  row->wl *= row->g_factor;
+  row->wr *= row->g_factor;
+  *inverse *= row->wl + row->wr;
+  return value;
+}
+
+// The gradient at the two bins beside the target, which a row's others need not be told from.
+template <typename T, typename Step, typename A>
+GFL_DEVICE void write_sides(const Bins<T, Step>& bins, const RowTotals<A>& t, const Row<A>& row,
+                            A inverse, int left, int last) {
+  narrow(distribution_grad(exponential(t.z_left) * inverse, true, false, row.wl, row.wr),
+         bins.g(left));
+  if (left < last) {
+    narrow(distribution_grad(exponential(t.z_right) * inverse, false, true, row.wl, row.wr),
+           bins.g(left + 1));
+  }
+}
+
+// A row, by the neighbours it belongs to, of which this thread is number `lane`. The whole
+// warp takes part; a row of weight 0 is not read.
+template <int kPiece, typename T, typename Step, typename A>
+GFL_DEVICE A compute_row(const Bins<T, Step>& bins, Row<A> row, bool is_integral, bool write,
+                         const void* values, const DistributionShape& s, int lane) {
+  const int count = s.bins, lanes = 1 << s.lane_bits;
+  const int first = lane * kPiece, step = lanes * kPiece;
+  const bool read = row.w != 0;
+  RowTotals<A> t{static_cast<A>(-INFINITY), 0, 0, 0, 0};
+  if (read) {
+    for (int k = first; k < count; k += step) {
+      A z[kPiece];
+      load_piece(bins.z(k), z);
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) t.high = larger(z[i], t.high);
     }
+  }
+  t.high = max_lanes(t.high, lanes);
+  const int left = static_cast<int>(row.left);
+  if (read) {
+    for (int k = first; k < count; k += step) {
+      A z[kPiece];
+      load_piece(bins.z(k), z);
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) {
+        const A e = exponential(z[i] - t.high);
+        t.sum += e;
+        if (is_integral) t.moment += e * bin_value<A>(values, s.values, k + i);
+      }
+    }
+    if (!is_integral) {
+      t.z_left = widen(*bins.z(left)) - t.high;
+      t.z_right = widen(*bins.z(min(left + 1, count - 1))) - t.high;
+    }
+  }
+  t.sum = sum_lanes(t.sum, lanes);
+  if (is_integral) t.moment = sum_lanes(t.moment, lanes);
+  A inverse;
+  const A value = finish_row(t, is_integral, &row, &inverse);
+  __syncwarp();  // from here on neighbours overwrite z
+  if (write) {
+    for (int k = first; k < count; k += step) {
+      A g[kPiece] = {};
+      if (read) {
+        load_piece(bins.z(k), g);
+#pragma unroll
+        for (int i = 0; i < kPiece; ++i) {
+          g[i] = exponential(g[i] - t.high) * inverse;
+          if (is_integral) {
+            g[i] = expectation_grad(g[i], bin_value<A>(values, s.values, k + i), value);
+          }
+        }
+      }
+      store_piece(bins.g(k), g);
+    }
+  }
+  __syncwarp();
+  if (write && read && !is_integral && lane == 0) {
+    write_sides(bins, t, row, inverse, left, count - 1);
   }
   return read ? value : A(0);
 }
 
-// The same for a row of kBins that one thread computes in its registers. Only the two bins beside
-// the target are told apart, at the end.
-template <int kBins, typename A>
-GFL_DEVICE A compute_whole_row(const StagedRow<A>& bins, const Row<A>& row, bool is_integral,
-                               bool write, const void* values, const DistributionShape& s) {
-  A e[kBins];
+// The same for a row of kBins that one thread computes in its registers.
+template <int kBins, int kPiece, typename T, typename A>
+GFL_DEVICE A compute_whole_row(const Bins<T, int>& bins, Row<A> row, bool is_integral, bool write,
+                               const void* values, const DistributionShape& s) {
+  A e[kBins / kPiece][kPiece];
   if (row.w == 0) {
     if (write) {
+      const A zeros[kPiece] = {};
 #pragma unroll
-      for (int k = 0; k < kBins; ++k) bins.write(k, A(0));
+      for (int k = 0; k < kBins; k += kPiece) store_piece(bins.g(k), zeros);
     }
     return 0;
   }
-  if (bins.step == 1) {
 #pragma unroll
-    for (int k = 0; k < kBins; ++k) e[k] = bins.at[k];
-  } else {
+  for (int k = 0; k < kBins; k += kPiece) load_piece(bins.z(k), e[k / kPiece]);
+  RowTotals<A> t{e[0][0], 0, 0, 0, 0};
+  const auto each = [&](const auto& of) {
 #pragma unroll
-    for (int k = 0; k < kBins; ++k) e[k] = bins.z(k);
-  }
-  const int left = static_cast<int>(row.left), right = min(left + 1, kBins - 1);
-  A high = e[0];
-#pragma unroll
-  for (int k = 1; k < kBins; ++k) high = larger(e[k], high);
-  A sum = 0;
-#pragma unroll
-  for (int k = 0; k < kBins; ++k) {
-    e[k] = exponential(e[k] - high);
-    sum += e[k];
-  }
-  A inverse = reciprocal(sum), value;
+    for (int k = 0; k < kBins; ++k) of(k, e[k / kPiece][k % kPiece]);
+  };
+  each([&](int, A& z) { t.high = larger(z, t.high); });
+  each([&](int, A& z) {
+    z = exponential(z - t.high);
+    t.sum += z;
+  });
+  const int left = static_cast<int>(row.left);
   if (is_integral) {
-    value = 0;
-#pragma unroll
-    for (int k = 0; k < kBins; ++k) value += e[k] * bin_value<A>(values, s.values, k);
-    value *= inverse;
-    if (!write) return value;
-    inverse *= row.g_factor;
-#pragma unroll
-    for (int k = 0; k < kBins; ++k) {
-      e[k] = expectation_grad(e[k] * inverse, bin_value<A>(values, s.values, k), value);
-    }
+    each([&](int k, A& z) { t.moment += z * bin_value<A>(values, s.values, k); });
   } else {
-    value = distribution_loss(logarithm(sum), row.wl, row.wr, bins.z(left) - high,
-                              bins.z(right) - high) *
-            row.w;
-    if (!write) return value;
-    inverse *= row.wl * row.g_factor + row.wr * row.g_factor;
-#pragma unroll
-    for (int k = 0; k < kBins; ++k) e[k] *= inverse;
+    t.z_left = widen(*bins.z(left)) - t.high;
+    t.z_right = widen(*bins.z(min(left + 1, kBins - 1))) - t.high;
   }
-  if (bins.step == 1) {
-#pragma unroll
-    for (int k = 0; k < kBins; ++k) bins.at[k] = e[k];
-  } else {
-#pragma unroll
-    for (int k = 0; k < kBins; ++k) bins.write(k, e[k]);
+  A inverse;
+  const A value = finish_row(t, is_integral, &row, &inverse);
+  if (!write) return value;
+  each([&](int, A& z) { z *= inverse; });
+  if (is_integral) {
+    asm("" : "+l"(values));  // or the values of all bins would stay in registers since the moment
+    each([&](int k, A& z) { z = expectation_grad(z, bin_value<A>(values, s.values, k), value); });
   }
-  if (!is_integral) {
-    const A wl = row.wl * row.g_factor, wr = row.wr * row.g_factor;
-    bins.write(left, distribution_grad(bins.z(left), true, false, wl, wr));
-    if (right > left) bins.write(right, distribution_grad(bins.z(right), false, true, wl, wr));
-  }
+#pragma unroll
+  for (int k = 0; k < kBins; k += kPiece) store_piece(bins.g(k), e[k / kPiece]);
+  if (!is_integral) write_sides(bins, t, row, inverse, left, kBins - 1);
   return value;
 }
 
 GFL_DEVICE int quotient(int n, uint32_t magic) { return __umulhi(n, magic); }
 
-// A tile of rows on its way to shared memory, or back where kStore. at: the tile's first row.
+// A tile of rows on its way to shared memory, or back where kStore: lines of neighbouring elements,
+// moved as they are.
 template <typename T, typename A, bool kStore>
 struct Mover {
   static constexpr int V = Vector<T>::kSize;
   using Place = std::conditional_t<kStore, T, const T>;
-  Place* at;
+  Place* at;  // the tile's first row
   int64_t row_stride, bin_stride;
   int count;  // rows
-  A* staged;
-  const A*
-      weights;  // of the rows, in shared memory; null: none is 0. Rows of weight 0 are not read
+  int pad;    // elements between rows in shared memory
+  T* staged;
+  // Of the rows, in shared memory; null: none is 0. Rows of weight 0 are not read.
+  const A* weights;
+  const StageShape& stage;
   const DistributionShape& s;
 
-  GFL_MEMBER bool skips(int row) const { return !kStore && weights && weights[row] == 0; }
-  GFL_MEMBER void move(Place* place, A* stage) const {
-    if constexpr (kStore) {
-      narrow(*stage, place);
-    } else {
-      *stage = widen(*place);
+  GFL_MEMBER bool skips(int line, int first, int n) const {
+    if (kStore || !weights) return false;
+    int row = line, end = line + 1;
+    if (stage.mode == kBinPlanes) {
+      row = first;
+      end = first + n;
+    } else if (stage.mode == kPacked) {
+      row = quotient(first, s.bins_magic);
+      end = quotient(first + n - 1, s.bins_magic) + 1;
     }
-  }
-  // stage(i): where element i of the vector is in shared memory.
-  template <typename Stage>
-  GFL_MEMBER void move_vector(Place* place, const Stage& stage) const {
-    if constexpr (kStore) {
-      Vector<T> v;
-#pragma unroll
-      for (int i = 0; i < V; ++i) narrow(*stage(i), v.of + i);
-      store_vector(place, v);
-    } else {
-      const Vector<T> v = load_vector(place);
-#pragma unroll
-      for (int i = 0; i < V; ++i) *stage(i) = widen(v.of[i]);
-    }
-  }
-
-  // The same between aligned vectors on both sides.
-  GFL_MEMBER void move_aligned(Place* place, A* stage) const {
-    constexpr int n = Vector<A>::kSize;
-    if constexpr (kStore) {
-      Vector<T> v;
-#pragma unroll
-      for (int i = 0; i < V; i += n) {
-        const Vector<A> part = load_vector(stage + i);
-#pragma unroll
-        for (int j = 0; j < n; ++j) narrow(part.of[j], v.of + i + j);
-      }
-      store_vector(place, v);
-    } else {
-      const Vector<T> v = load_vector(place);
-#pragma unroll
-      for (int i = 0; i < V; i += n) {
-        Vector<A> part;
-#pragma unroll
-        for (int j = 0; j < n; ++j) part.of[j] = widen(v.of[i + j]);
-        store_vector(stage + i, part);
-      }
-    }
-  }
-
-  // The rows lie one after the other: vectors may have the end of a row and the next one's begin.
-  GFL_MEMBER void packed() const {
-    const int bins = s.bins, shift = misalignment(at) / sizeof(T), elements = count * bins;
-    // Without gaps in shared memory there are no rows to tell apart.
-    const bool plain = s.row_step == bins && (kStore || !weights);
+    bool skip = true;
 #pragma unroll 1
-    for (int first = threadIdx.x * V - shift; first < elements; first += kDistributionThreads * V) {
-      if (first >= 0 && first + V <= elements) {
-        if (plain && shift == 0) {
-          move_aligned(at + first, staged + first);
-          continue;
+    for (; skip && row < end; ++row) skip = weights[row] == 0;
+    return skip;
+  }
+  GFL_MEMBER static void move(Place* place, T* stage) {
+    if constexpr (kStore) {
+      *place = *stage;
+    } else {
+      *stage = *place;
+    }
+  }
+
+  GFL_MEMBER void run() const {
+    const bool packed = stage.mode == kPacked, planes = stage.mode == kBinPlanes;
+    const int bins = s.bins, length = packed ? count * bins : planes ? count : bins;
+    const int lines = packed ? 1 : planes ? bins : count;
+    const int64_t line_stride = planes ? bin_stride : row_stride;
+    const int line_step = planes ? s.bin_step : s.row_step;
+    const int step = planes ? s.row_step : s.bin_step;
+    const int slots = packed ? length / V + 2 : stage.slots;
+    if (stage.wide && packed && (kStore || !weights)) {
+      constexpr int kBatch = 3, kStep = kDistributionThreads * V;  // so many loads at once
+      const int mine = static_cast<int>(threadIdx.x) * V, whole = length - (V - 1) - mine;
+      Place* const place = settled(at + mine);
+      T* const here = staged + mine;
+      const auto padded = [&](int k) {
+        return pad ? k + quotient(k + mine, s.bins_magic) * pad : k;
+      };
+#pragma unroll 1
+      for (int i = 0; i < whole; i += kBatch * kStep) {
+        Vector<T> v[kBatch];
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const int k = i + j * kStep;
+          if (k < whole) v[j] = load_vector(kStore ? here + padded(k) : place + k);
         }
-        int row = quotient(first, s.bins_magic), bin = first - row * bins;
-        bool skip = skips(row);
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const int k = i + j * kStep;
+          if (k < whole) store_vector(const_cast<T*>(kStore ? place + k : here + padded(k)), v[j]);
+        }
+      }
+      const int k = length / V * V + threadIdx.x;  // there are such without pads alone
+      if (k < length) move(at + k, staged + k);
+      return;
+    }
 #pragma unroll 1
-        for (int r = row + 1; skip && r * bins < first + V; ++r) skip = skips(r);
-        if (skip) continue;
-        move_vector(at + first, [&](int) {
-          A* const here = staged + (row * s.row_step + bin);
-          if (++bin == bins) {
-            bin = 0;
-            ++row;
+    for (int i = threadIdx.x; i < lines * slots; i += kDistributionThreads) {
+      const int line = packed ? 0 : slots == 1 ? i : quotient(i, stage.slots_magic);
+      Place* const place = at + line * line_stride;
+      T* const here = staged + line * line_step;
+      int first = (i - line * slots) * V;
+      if (!stage.wide) first -= misalignment(place) / sizeof(T);
+      const int from = max(first, 0), to = min(first + V, length);
+      if (from >= to || skips(line, from, to - from)) continue;
+      if (to - from < V) {
+#pragma unroll 1
+        for (int k = from; k < to; ++k) move(place + k, here + k * step);
+      } else if (stage.wide) {
+        store_vector(const_cast<T*>(kStore ? place + first : here + first),
+                     load_vector(kStore ? here + first : place + first));
+      } else {
+        Vector<T> v;
+        if (!kStore) v = load_vector(place + first);
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          if constexpr (kStore) {
+            v.of[k] = here[(first + k) * step];
+          } else {
+            here[(first + k) * step] = v.of[k];
           }
-          return here;
-        });
-      } else {
-#pragma unroll 1
-        for (int i = max(first, 0); i < min(first + V, elements); ++i) {
-          const int row = quotient(i, s.bins_magic);
-          if (!skips(row)) move(at + i, staged + (i + row * (s.row_step - bins)));
         }
+        if constexpr (kStore) store_vector(place + first, v);
       }
-    }
-  }
-
-  // A row's bins lie side by side.
-  GFL_MEMBER void rows() const {
-    const int bins = s.bins;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < count * s.slots; i += kDistributionThreads) {
-      const int row = quotient(i, s.slots_magic);
-      if (skips(row)) continue;
-      Place* const place = at + row * row_stride;
-      A* const stage = staged + row * s.row_step;
-      const int first = (i - row * s.slots) * V - static_cast<int>(misalignment(place) / sizeof(T));
-      if (first >= 0 && first + V <= bins) {
-        move_vector(place + first, [&](int j) { return stage + first + j; });
-      } else {
-#pragma unroll 1
-        for (int k = max(first, 0); k < min(first + V, bins); ++k) move(place + k, stage + k);
-      }
-    }
-  }
-
-  // A bin's rows lie side by side.
-  GFL_MEMBER void planes(bool wide) const {
-    const int bins = s.bins, step = wide ? V : 1, across = s.tile_rows / step;  // a power of two
-    const int bits = __ffs(across) - 1;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < bins << bits; i += kDistributionThreads) {
-      const int bin = i >> bits, row = (i & (across - 1)) * step;
-      Place* const place = at + row + bin * bin_stride;
-      A* const stage = staged + row * s.row_step + bin * s.bin_step;
-      if (wide && row + V <= count) {
-        bool skip = true;
-#pragma unroll
-        for (int j = 0; j < V; ++j) skip &= skips(row + j);
-        if (!skip) move_vector(place, [&](int j) { return stage + j * s.row_step; });
-      } else {
-#pragma unroll 1
-        for (int j = 0; j < step && row + j < count; ++j) {
-          if (!skips(row + j)) move(place + j, stage + j * s.row_step);
-        }
-      }
-    }
-  }
-
-  GFL_MEMBER void run(int mode, bool wide) const {
-    if (mode == kPacked) {
-      packed();
-    } else if (mode == kRows) {
-      rows();
-    } else {
-      planes(wide);
     }
   }
 };
 
-// kBins: known in advance, and a thread to each row; or 0.
+// kBins: known in advance, and a thread to each row; or 0: any number.
 template <int kDtype, int kBins>
-__global__ void __launch_bounds__(kDistributionThreads, 8)
+__global__ void __launch_bounds__(kDistributionThreads, kDtype == GFL_FLOAT64 || kBins > 17 ? 6 : 8)
     distribution_kernel(const void* pred, const void* target, const void* weight_left,
                         const void* weight_right, const void* weight, const void* upstream,
                         const void* avg_factor, const void* values, void* loss, double* partials,
                         void* grad, const __grid_constant__ DistributionShape s) {
   using T = typename Element<kDtype>::type;
   using A = typename Element<kDtype>::acc;
+  constexpr int V = Vector<T>::kSize;
   extern __shared__ uint4 shared[];
-  A* const staged = reinterpret_cast<A*>(shared);
-  A* const weights = staged + s.weights_at;
+  __shared__ A weights[kMostTileRows];
+  T* const staged = reinterpret_cast<T*>(shared);
   const A factor = scale_factor<A>(s.scale, avg_factor);
-  const int lane = threadIdx.x & (s.lanes - 1), in_tile = threadIdx.x / s.lanes;
-  double total = 0;
-  for (int64_t tile = blockIdx.x; tile < s.tiles; tile += gridDim.x) {
-    const int run = s.rows.ndim == 1 ? 0 : divide(tile, s.tiles_per_run);
-    const int first =
-        (static_cast<int>(tile) - run * static_cast<int>(s.tiles_per_run)) * s.tile_rows;
+  const int lane_bits = kBins ? 0 : s.lane_bits, lane = threadIdx.x & ((1 << lane_bits) - 1);
+  const int tiles = s.tiles, tiles_per_run = s.tiles_per_run;
+  constexpr bool kPadded = kBins == 0 || (kBins % V == 0 && kBins / V % 2 == 0);  // as planned
+  const int pad = kPadded ? s.row_step - static_cast<int>(s.bins) : 0;
+  A total = 0;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int run = s.rows.ndim == 1 ? 0 : divide(tile, tiles_per_run);
+    const int first = (tile - run * tiles_per_run) * s.tile_rows;
     const int count = min(s.tile_rows, static_cast<int>(s.rows.size[kInner]) - first);
-    const RowIndex start = run_at(s.rows, run, first), at = run_at(s.rows, run, first + in_tile);
-    const bool inside = in_tile < count;
-    A w = inside ? A(1) : A(0);
+    const RowIndex start = run_at(s.rows, run, first);
     if (weight) {
-      if (inside) w = load_value<A>(weight, s.weight.dtype, at.offset(s.weight));
-      if (inside && lane == 0) weights[in_tile] = w;
+      for (int i = threadIdx.x; i < count; i += kDistributionThreads) {
+        const RowIndex at{start.outer, start.middle, first + i};
+        weights[i] = load_value<A>(weight, s.weight.dtype, at.offset(s.weight));
+      }
       __syncthreads();
     }
     Mover<T, A, false>{static_cast<const T*>(pred) + start.offset(s.pred),
                        s.pred.row[kInner],
                        s.pred.column,
                        count,
+                       pad,
                        staged,
                        weight ? weights : nullptr,
+                       s.pred_stage,
                        s}
-        .run(s.pred_mode, s.pred_wide);
+        .run();
     __syncthreads();
-
-    Row<A> row{};
-    if (inside) {
-      const int64_t offsets[] = {at.offset(s.target), at.offset(s.weight_left),
-                                 at.offset(s.weight_right), at.offset(s.upstream)};
-      row = load_row<A>(target, weight_left, weight_right, w, upstream, factor, offsets, s);
-    }
-    const StagedRow<A> bins{staged + in_tile * s.row_step, s.bin_step};
-    A value;
-    if constexpr (kBins == 0) {
-      value = compute_row(bins, row, !target, grad && inside, values, s, lane);
-    } else {
-      value = compute_whole_row<kBins>(bins, row, !target, grad && inside, values, s);
-    }
-    if (lane == 0 && inside) {
-      if (loss) static_cast<A*>(loss)[at.offset(s.loss)] = target ? value * factor : value;
-      total += value;
+#pragma unroll 1
+    for (int i = 0; i < count; i += kDistributionThreads >> lane_bits) {
+      const int in_tile = i + (threadIdx.x >> lane_bits);
+      const RowIndex at{start.outer, start.middle, first + in_tile};
+      const auto offset = [&](const Steps& steps) { return at.offset(steps); };
+      const bool inside = in_tile < count, write = grad && inside;
+      Row<A> row{};
+      if (inside) {
+        const A w = weight ? weights[in_tile] : A(1);
+        row = load_row<A>(target, weight_left, weight_right, w, upstream, factor, offset, s);
+      }
+      T* const mine = staged + in_tile * s.row_step;
+      A value;
+      if constexpr (kBins == 0) {
+        const Bins<T, int> bins{mine, mine, s.bin_step, s.bin_step};
+        value = s.whole_vectors ? compute_row<V>(bins, row, !target, write, values, s, lane)
+                                : compute_row<1>(bins, row, !target, write, values, s, lane);
+      } else if (s.bin_step == 1) {
+        constexpr int kPiece = kBins % V ? 1 : V;
+        const Bins<T, int> bins{mine, mine, 1, 1};
+        value = compute_whole_row<kBins, kPiece>(bins, row, !target, write, values, s);
+      } else if constexpr (kBins > 17) {  // planes; so many addresses would be spilled
+        const Bins<T, int> bins{mine, mine, s.bin_step, s.bin_step};
+        value = compute_row<1>(bins, row, !target, write, values, s, lane);
+      } else {
+        // Settled: or the addresses of all bins would stay in registers until they are written.
+        T* const again = staged + settled(in_tile * s.row_step);
+        const Bins<T, int> bins{mine, again, s.bin_step, settled(s.bin_step)};
+        value = compute_whole_row<kBins, 1>(bins, row, !target, write, values, s);
+      }
+      if (lane == 0 && inside) {
+        if (loss) static_cast<A*>(loss)[offset(s.loss)] = target ? value * factor : value;
+        total += value;
+      }
     }
     __syncthreads();
     if (grad) {
@@ -400,14 +412,16 @@ __global__ void __launch_bounds__(kDistributionThreads, 8)
                         s.grad.row[kInner],
                         s.grad.column,
                         count,
+                        pad,
                         staged,
                         nullptr,
+                        s.grad_stage,
                         s}
-          .run(s.grad_mode, s.grad_wide);
+          .run();
       __syncthreads();
     }
   }
-  if (partials) leave_sum<kDistributionThreads>(static_cast<A>(total), partials);
+  if (partials) leave_sum<kDistributionThreads>(total, partials);
 }
 
 // Any strides, any number of bins.
@@ -421,27 +435,31 @@ __global__ void __launch_bounds__(kDistributionThreads, 4)
   using T = typename Element<kDtype>::type;
   using A = typename Element<kDtype>::acc;
   const A factor = scale_factor<A>(s.scale, avg_factor);
-  const int lane = threadIdx.x & (s.lanes - 1), together = kDistributionThreads / s.lanes;
+  const int lane = threadIdx.x & ((1 << s.lane_bits) - 1);
+  const int together = kDistributionThreads >> s.lane_bits;
   double total = 0;
   for (int64_t first = int64_t{blockIdx.x} * together; first < s.rows.count;
        first += int64_t{gridDim.x} * together) {
-    const int64_t number = first + threadIdx.x / s.lanes;
+    const int64_t number = first + (threadIdx.x >> s.lane_bits);
     const bool inside = number < s.rows.count;
-    int64_t at[8] = {};
+    const auto offset = [&](const Steps& steps) {
+      const Steps* const one[] = {&steps};
+      int64_t at[1];
+      locate(s.rows, number, one, at);
+      return at[0];
+    };
     Row<A> row{};
+    Bins<T, int64_t> bins{static_cast<const T*>(pred), static_cast<T*>(grad), s.pred.column,
+                          s.grad.column};
     if (inside) {
-      const Steps* const steps[] = {&s.target, &s.weight_left, &s.weight_right, &s.upstream,
-                                    &s.pred,   &s.grad,        &s.loss,         &s.weight};
-      locate(s.rows, number, steps, at);
-      const A w = weight ? load_value<A>(weight, s.weight.dtype, at[7]) : A(1);
-      const int64_t offsets[] = {at[0], at[1], at[2], at[3]};
-      row = load_row<A>(target, weight_left, weight_right, w, upstream, factor, offsets, s);
+      const A w = weight ? load_value<A>(weight, s.weight.dtype, offset(s.weight)) : A(1);
+      row = load_row<A>(target, weight_left, weight_right, w, upstream, factor, offset, s);
+      bins.pred += offset(s.pred);
+      if (grad) bins.grad += offset(s.grad);
     }
-    const PlacedRow<T, A> bins{static_cast<const T*>(pred) + at[4], static_cast<T*>(grad) + at[5],
-                               s.pred.column, s.grad.column};
-    const A value = compute_row(bins, row, !target, grad && inside, values, s, lane);
+    const A value = compute_row<1>(bins, row, !target, grad && inside, values, s, lane);
     if (lane == 0 && inside) {
-      if (loss) static_cast<A*>(loss)[at[6]] = target ? value * factor : value;
+      if (loss) static_cast<A*>(loss)[offset(s.loss)] = target ? value * factor : value;
       total += value;
     }
   }
@@ -455,10 +473,14 @@ static const void* distribution_kernel_for(int bins) {
   switch (bins) {
     case 0:
       return reinterpret_cast<const void*>(distribution_kernel<kDtype, 0>);
+    case 8:
+      return reinterpret_cast<const void*>(distribution_kernel<kDtype, 8>);
     case 16:
       return reinterpret_cast<const void*>(distribution_kernel<kDtype, 16>);
     case 17:
       return reinterpret_cast<const void*>(distribution_kernel<kDtype, 17>);
+    case 33:
+      return reinterpret_cast<const void*>(distribution_kernel<kDtype, 33>);
     default:
       return nullptr;
   }

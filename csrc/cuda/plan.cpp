@@ -19,6 +19,7 @@ namespace {
 constexpr int64_t kSmall = 1 << 30;
 // Of shared memory, by which tiles of rows are cut: a dozen of them fit into a multiprocessor.
 constexpr int64_t kTileBytes = 18 * 1024, kSharedBytes = 48 * 1024;
+constexpr int64_t kStaticBytes = 6 * 1024;  // of it, or more than distribution_kernel declares
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -170,8 +171,9 @@ void plan_quality(const QualityProblem& q, bool sum, QualityShape* s, Launch* la
   const bool target_fits =
       !dense || (quality_layout(q.target, s->target, q.classes) == layout &&
                  (q.target.dtype == q.pred.dtype || q.target.dtype == GFL_FLOAT32));
-  if (layout < 0 || !same || !target_fits || q.pred.dtype == GFL_FLOAT64 || q.form != GFL_LOGITS ||
-      q.beta != 2 || q.weight_per_class || q.classes > kSmall / 2 ||
+  if (layout < 0 || !same || !target_fits || q.pred.dtype == GFL_FLOAT64 ||
+      (q.form == GFL_PROBABILITIES && has_loss && q.grad.data) || q.beta != 2 ||
+      q.weight_per_class || q.classes > kSmall / 4 ||
       !simple(s->rows,
               {&s->pred, &s->target, &s->score, &s->weight, &s->upstream, &s->loss, &s->grad})) {
     set_kernel(launch, kQualityGeneralKernel, q.pred.dtype);
@@ -179,8 +181,8 @@ void plan_quality(const QualityProblem& q, bool sum, QualityShape* s, Launch* la
     set_grid(launch, ceil_div(s->rows.count, kQualityThreads >> s->lane_bits), kQualityThreads);
     return;
   }
-  const int variant =
-      (has_loss ? kLoss : 0) | (q.grad.data ? kGrad : 0) | (dense ? kDense : 0) | layout;
+  const int variant = (has_loss ? kLoss : 0) | (q.grad.data ? kGrad : 0) | (dense ? kDense : 0) |
+                      layout | (q.form == GFL_PROBABILITIES ? kProbabilities : 0);
   set_kernel(launch, kQualityKernel, q.pred.dtype, variant);
   s->target_is_float = q.target.dtype == GFL_FLOAT32 && q.pred.dtype != GFL_FLOAT32;
   if (layout == kPlanes) {
@@ -203,69 +205,77 @@ void plan_quality(const QualityProblem& q, bool sum, QualityShape* s, Launch* la
   }
 }
 
-int stage_mode(const Operand& operand, const Steps& steps, const RowShape& rows, int64_t bins) {
+// n / d = n * magic >> 32 for n < 2^16 and 2 <= d < 2^16.
+uint32_t magic_of(int64_t d) {
+  return static_cast<uint32_t>(((int64_t{1} << 32) - 1) / std::max<int64_t>(2, d) + 1);
+}
+
+// mode -1: not one that distribution_kernel knows. Needs all but the stages themselves in s.
+StageShape stage_of(const Operand& operand, const Steps& steps, const DistributionShape& s,
+                    int64_t vector) {
+  StageShape stage{};
+  int64_t length;
   if (operand.column == 1) {
-    return rows.ndim == 1 && steps.row[kInner] == bins ? kPacked : kRows;
+    const bool gapless = s.rows.ndim == 1 && steps.row[kInner] == s.bins && s.bin_step == 1;
+    const bool vectors = aligned(operand) && s.tile_rows * s.bins % vector == 0;
+    // Rows with pads between them in shared memory move as one line only in whole vectors, of which
+    // none is left out.
+    const bool packed = gapless && (s.row_step == s.bins || (vectors && !s.weight.present));
+    stage.mode = packed ? kPacked : kRows;
+    stage.wide = packed ? vectors : s.whole_vectors && classes_aligned(operand, steps, vector);
+    length = s.bins;
+  } else {
+    stage.mode = steps.row[kInner] == 1 ? kBinPlanes : -1;
+    stage.wide = s.row_step == 1 && s.tile_rows % vector == 0 && s.bin_step % vector == 0 &&
+                 rows_aligned(operand, steps, vector);
+    length = s.tile_rows;
   }
-  return steps.row[kInner] == 1 ? kBinPlanes : -1;
+  stage.slots = static_cast<int32_t>(ceil_div(stage.wide ? length : length + vector - 1, vector));
+  stage.slots_magic = magic_of(stage.slots);
+  return stage;
 }
 
 void plan_distribution(const DistributionProblem& d, DistributionShape* s, Launch* launch) {
-  const int64_t bytes = element_bytes(accumulator(d.pred.dtype));
-  const int64_t vector = vector_size(d.pred.dtype), row_step = d.bins | 1;
-  s->pred_mode = stage_mode(d.pred, s->pred, s->rows, d.bins);
-  s->grad_mode = d.grad.data ? stage_mode(d.grad, s->grad, s->rows, d.bins) : s->pred_mode;
-  int64_t tile_rows = kDistributionThreads;
+  const int64_t bytes = element_bytes(d.pred.dtype), vector = vector_size(d.pred.dtype);
+  // Of rows in shared memory: an odd number of vectors, or they begin anywhere. No bank conflicts
+  // where threads walk along them, or two to a bank where the number of words is even.
+  const int64_t row_step = d.bins % vector == 0 ? (d.bins / vector | 1) * vector : d.bins;
+  const bool planes = d.pred.column != 1;
+  int64_t tile_rows = kMostTileRows;
   while (tile_rows > kDistributionThreads / 32 &&
          (tile_rows * row_step * bytes > kTileBytes ||
           (s->rows.ndim > 1 && tile_rows >= 2 * s->rows.size[kInner]))) {
     tile_rows /= 2;
   }
-  if (s->pred_mode < 0 || s->grad_mode < 0 || d.bins < 2 ||
+  s->tile_rows = static_cast<int32_t>(tile_rows);
+  s->lane_bits = std::max(0, std::countr_zero(uint32_t{kDistributionThreads}) -
+                                 std::countr_zero(static_cast<uint32_t>(tile_rows)));
+  // Lanes of a row are a plane apart: in other banks.
+  const int64_t pad = s->lane_bits ? std::max<int64_t>(1, (128 >> s->lane_bits) / bytes) : 0;
+  s->row_step = planes ? 1 : static_cast<int32_t>(row_step);
+  s->bin_step = planes ? static_cast<int32_t>(tile_rows + pad) : 1;
+  s->whole_vectors = !planes && d.bins % vector == 0;
+  const int64_t shared = bytes * (planes ? d.bins * s->bin_step : tile_rows * row_step);
+  s->pred_stage = stage_of(d.pred, s->pred, *s, vector);
+  s->grad_stage = d.grad.data ? stage_of(d.grad, s->grad, *s, vector) : s->pred_stage;
+  if (s->pred_stage.mode < 0 || s->grad_stage.mode < 0 || d.bins < 2 ||
       !simple(s->rows, {&s->pred, &s->target, &s->weight_left, &s->weight_right, &s->weight,
                         &s->upstream, &s->loss, &s->grad}) ||
-      tile_rows * (row_step + 2) * bytes > kSharedBytes - 1024) {
+      shared > kSharedBytes - kStaticBytes) {
     set_kernel(launch, kDistributionGeneralKernel, d.pred.dtype);
-    s->lanes = d.pred.column == 1 ? 1 << lane_bits_for(d.bins) : 1;
-    set_grid(launch, ceil_div(s->rows.count, kDistributionThreads / s->lanes),
+    s->lane_bits = d.pred.column == 1 ? lane_bits_for(d.bins) : 0;
+    set_grid(launch, ceil_div(s->rows.count, kDistributionThreads >> s->lane_bits),
              kDistributionThreads);
     return;
   }
-  const bool whole = (d.bins == 16 || d.bins == 17) && tile_rows == kDistributionThreads &&
-                     d.pred.dtype != GFL_FLOAT64;
+  const bool whole = (d.bins == 8 || d.bins == 16 || d.bins == 17 || d.bins == 33) &&
+                     s->lane_bits == 0 && d.pred.dtype != GFL_FLOAT64;
   set_kernel(launch, kDistributionKernel, d.pred.dtype, whole ? static_cast<int>(d.bins) : 0);
-  s->tile_rows = static_cast<int32_t>(tile_rows);
-  s->lanes = kDistributionThreads / s->tile_rows;
   s->tiles_per_run = ceil_div(s->rows.size[kInner], tile_rows);
   s->tiles = s->rows.count / s->rows.size[kInner] * s->tiles_per_run;
-  s->pred_wide = tile_rows % vector == 0 && rows_aligned(d.pred, s->pred, vector);
-  s->grad_wide = tile_rows % vector == 0 && rows_aligned(d.grad, s->grad, vector);
-  // Strides in shared memory that are odd where threads walk along them: no bank conflicts.
-  int64_t elements;
-  if (s->pred_mode == kBinPlanes) {
-    s->row_step = 1;
-    s->bin_step = s->tile_rows + (s->lanes > 1);
-    elements = d.bins * s->bin_step;
-  } else {
-    s->row_step = static_cast<int32_t>(row_step);
-    s->bin_step = 1;
-    elements = tile_rows * row_step;
-  }
-  s->weights_at = static_cast<int32_t>(elements);
-  s->slots = static_cast<int32_t>(ceil_div(d.bins + vector - 1, vector));
-  // n / d = n * magic >> 32 for n < 2^16 and d < 2^16.
-  const auto magic = [](int64_t n) {
-    return static_cast<uint32_t>(((int64_t{1} << 32) - 1) / n + 1);
-  };
-  s->bins_magic = magic(d.bins);
-  s->slots_magic = magic(std::max(2, s->slots));
-  launch->shared_bytes = static_cast<int32_t>((elements + (d.weight.data ? tile_rows : 0)) * bytes);
+  s->bins_magic = magic_of(d.bins);
+  launch->shared_bytes = static_cast<int32_t>(shared);
   set_grid(launch, s->tiles, kDistributionThreads);
-}
-
-template <typename T>
-const T* typed(const char* data) {
-  return reinterpret_cast<const T*>(data);
 }
 
 void add_distribution(const DistributionProblem& d, const Scale& scale, const void* avg_factor,

@@ -1,7 +1,7 @@
-// Quality Focal Loss with beta = 2 on logits. Two layouts: rows, whose classes are neighbours, with
-// `lanes` threads to a row; and planes (NCHW), where neighbouring rows are, with a warp to 32
-// vectors of rows and the classes dealt out to the warps of a block. A thread computes the 16 bytes
-// that it has loaded.
+// Quality Focal Loss with beta = 2, on logits or probabilities. Two layouts: rows, whose classes
+// are neighbours, with `lanes` threads to a row; and planes (NCHW), where neighbouring rows are,
+// with a warp to 32 vectors of rows and the classes dealt out to the warps of a block. A thread
+// computes the 16 bytes that it has loaded.
 #define GFL_APPROXIMATE
 #include "common.h"
 #include "kernels.h"
@@ -9,22 +9,33 @@
 namespace gfl {
 namespace {
 
-// As background, an element of this logit has loss and gradient 0.
-constexpr float kNoLogit = -INFINITY;
+// The formulas, on whatever an element is. kHalf: it was a half float.
+template <bool kProbabilities, bool kHalf>
+struct Formula {
+  // As background, an element of this value has loss and gradient 0.
+  static constexpr float kNothing = kProbabilities ? 0.0f : -INFINITY;
 
-// A sparse target's elements are background, whose formula takes two thirds of the instructions of
-// the whole one.
-template <int n>
-GFL_DEVICE void background_loss_grad(const float (&x)[n], LossGrad<float> (&result)[n]) {
+  static GFL_MEMBER LossGrad<float> apply(float x, float q) {
+    return kProbabilities ? quality_probability_loss_grad(x, q, 2.0f)
+                          : quality_square_loss_grad<kHalf>(x, q);
+  }
+  // q is 0, as nearly everywhere in a sparse target: two thirds of the instructions.
+  static GFL_MEMBER LossGrad<float> background(float x) {
+    return kProbabilities ? quality_probability_loss_grad<true>(x, 0.0f, 2.0f)
+                          : quality_background_loss_grad<kHalf>(x);
+  }
+  template <int n>
+  static GFL_MEMBER void apply(const float (&x)[n], const float (&q)[n],
+                               LossGrad<float> (&result)[n]) {
 #pragma unroll
-  for (int i = 0; i < n; ++i) result[i] = quality_background_loss_grad(x[i]);
-}
-template <int n>
-GFL_DEVICE void dense_loss_grad(const float (&x)[n], const float (&q)[n],
-                                LossGrad<float> (&result)[n]) {
+    for (int i = 0; i < n; ++i) result[i] = apply(x[i], q[i]);
+  }
+  template <int n>
+  static GFL_MEMBER void background(const float (&x)[n], LossGrad<float> (&result)[n]) {
 #pragma unroll
-  for (int i = 0; i < n; ++i) result[i] = quality_square_loss_grad(x[i], q[i]);
-}
+    for (int i = 0; i < n; ++i) result[i] = background(x[i]);
+  }
+};
 
 // The thread's part of the loss. In float: with so few of its rows, errors of threads cancel out.
 template <typename T, int kVariant, typename Factor>
@@ -33,6 +44,7 @@ GFL_DEVICE float quality_rows(const void* pred, const void* target, const void* 
                               float* loss, void* grad, const QualityShape& s) {
   constexpr bool kHasLoss = kVariant & kLoss, kHasGrad = kVariant & kGrad,
                  kSparse = !(kVariant & kDense);
+  using Loss = Formula<(kVariant & kProbabilities) != 0, sizeof(T) == 2>;
   constexpr int V = Vector<T>::kSize;
   const int lanes = 1 << s.lane_bits, lane = threadIdx.x & (lanes - 1), classes = s.classes;
   const int together = settled(kQualityThreads >> s.lane_bits);  // rows of a block
@@ -91,8 +103,7 @@ GFL_DEVICE float quality_rows(const void* pred, const void* target, const void* 
           Vector<T> raw = load_vector(x_row + c);
           float x[V];
           LossGrad<float> r[V];
-#pragma unroll
-          for (int i = 0; i < V; ++i) x[i] = widen(raw.of[i]);
+          widen(raw, x);
           const unsigned place = label - c;
           if (kSparse && !kHasGrad) {
             if (place < V) {
@@ -100,14 +111,14 @@ GFL_DEVICE float quality_rows(const void* pred, const void* target, const void* 
 #pragma unroll
               for (int i = 0; i < V; ++i) {
                 hit = i == place ? x[i] : hit;
-                x[i] = i == place ? kNoLogit : x[i];
+                x[i] = i == place ? Loss::kNothing : x[i];
               }
-              row_loss += quality_square_loss_grad(hit, quality).loss;
+              row_loss += Loss::apply(hit, quality).loss;
             }
-            background_loss_grad(x, r);
+            Loss::background(x, r);
             if (kHasLoss) add_losses(r);
           } else if (kSparse && place >= V) {
-            background_loss_grad(x, r);
+            Loss::background(x, r);
             if (kHasLoss) add_losses(r);
           } else {
             float q[V];
@@ -117,7 +128,7 @@ GFL_DEVICE float quality_rows(const void* pred, const void* target, const void* 
             } else {
               load_qualities<T>(q_row + static_cast<int64_t>(c) * q_bytes, s.target_is_float, q);
             }
-            dense_loss_grad(x, q, r);
+            Loss::apply(x, q, r);
             if (kHasLoss) add_losses(r);
           }
           if (kHasGrad) {
@@ -133,7 +144,7 @@ GFL_DEVICE float quality_rows(const void* pred, const void* target, const void* 
             const int c = i < head ? i : i - head + tail;
             const float q = kSparse ? (c == label ? quality : 0.0f)
                                     : load_quality<T>(target, s.target_is_float, target_at + c);
-            const LossGrad<float> one = quality_square_loss_grad(widen(x_row[c]), q);
+            const LossGrad<float> one = Loss::apply(widen(x_row[c]), q);
             if (kHasLoss) row_loss += one.loss;
             if (kHasGrad) narrow(one.grad * row_factor, g_row + c);
           }
@@ -173,16 +184,18 @@ struct PlaneRows {
       for (int j = 0; j < 4; ++j) to[i + j] = v.of[j];
     }
   }
-  // The smallest label from `from` on that is `from` modulo `step`, or `none`.
-  GFL_MEMBER int next_label(int from, int step, int none) const {
-    int labels[V], next = none;
+  // The smallest label from `from` on that is `from` modulo 2^bits, or `none`, at most 2^28.
+  GFL_MEMBER int next_label(int from, int bits, int none) const {
+    int labels[V];
     load(label, labels);
+    unsigned steps = none;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const int ahead = labels[i] - from;
-      if (ahead >= 0 && (ahead & (step - 1)) == 0) next = min(next, labels[i]);
+      // What is behind `from`, or another class modulo 2^bits, comes out larger than any class.
+      const unsigned ahead = labels[i] - from;
+      steps = min(steps, __funnelshift_r(ahead, ahead, bits));
     }
-    return next;
+    return min(static_cast<unsigned>(none), from + (steps << bits));
   }
 };
 
@@ -192,6 +205,7 @@ GFL_DEVICE float quality_planes(const void* pred, const void* target, const void
                                 float* loss, void* grad, const QualityShape& s) {
   constexpr bool kHasLoss = kVariant & kLoss, kHasGrad = kVariant & kGrad,
                  kSparse = !(kVariant & kDense);
+  using Loss = Formula<(kVariant & kProbabilities) != 0, sizeof(T) == 2>;
   constexpr int V = Vector<T>::kSize, kWarps = kQualityThreads / 32, kTile = 32 * V;
   extern __shared__ uint4 shared[];
   __shared__ float sums[kHasLoss ? kWarps * kTile : 1];
@@ -214,7 +228,7 @@ GFL_DEVICE float quality_planes(const void* pred, const void* target, const void
     const RowIndex start = run_at(s.rows, run, first);
     const auto at = [&](int row) { return RowIndex{start.outer, start.middle, row}; };
     __syncthreads();  // what the tile before has left has been read
-    for (int i = part * 32 + lane; i < kTile; i += 32 * parts) {
+    for (unsigned i = part * 32 + lane; i < kTile; i += 32 * parts) {
       const int row = first + i, slot = s.wide ? i : i % 32 * V + i / 32;
       float w = 0, row_factor = 0;
       int label = -1;
@@ -236,54 +250,53 @@ GFL_DEVICE float quality_planes(const void* pred, const void* target, const void
     }
     __syncthreads();
     const int row = first + lane * (s.wide ? V : 1);
-    float row_loss[V], row_weight[V];
+    const bool full = s.wide && row + V <= length;
+    float row_loss[V] = {}, row_weight[V];
     unsigned unread = 0;  // bits of rows that are not there or have weight 0
-    mine.load(mine.weight, row_weight);
+    if (!full || given(s.weight)) {
+      mine.load(mine.weight, row_weight);
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      row_loss[i] = 0;
-      unread |= row_weight[i] == 0 ? 1u << i : 0;
+      for (int i = 0; i < V; ++i) unread |= row_weight[i] == 0 ? 1u << i : 0;
     }
-    const bool any_read = unread + 1 != 1u << V, full = s.wide && row + V <= length;
-    const int64_t x_at = at(row).offset(s.pred), g_at = kHasGrad ? at(row).offset(s.grad) : 0,
-                  t_at = kSparse ? 0 : at(row).offset(s.target);
-    int next = kSparse ? mine.next_label(part, parts, classes) : classes;
+    const bool any_read = unread + 1 != 1u << V, plain = full && unread == 0;
+    const int q_bytes = s.target_is_float ? 4 : sizeof(T);
+    const RowIndex own = at(row);
+    const T* x_row = settled(static_cast<const T*>(pred) + own.offset(s.pred) +
+                             wide_product(part, s.pred.column));
+    T* g_row = !kHasGrad ? nullptr
+                         : settled(static_cast<T*>(grad) + own.offset(s.grad) +
+                                   wide_product(part, s.grad.column));
+    const char* q_row =
+        kSparse ? nullptr
+                : settled(static_cast<const char*>(target) +
+                          (own.offset(s.target) + wide_product(part, s.target.column)) * q_bytes);
+    int next = kSparse ? mine.next_label(part, s.part_bits, classes) : classes;
 #pragma unroll 1
     for (int c = part; c < classes; c += parts) {
-      const T* const x_row = static_cast<const T*>(pred) + (x_at + wide_product(c, s.pred.column));
       float x[V], q[V] = {};
       Vector<T> raw{};
-      if (full) {
-        if (any_read) raw = load_vector(x_row);
+      if (plain) {
+        raw = load_vector(x_row);
+        widen(raw, x);
+        if (!kSparse) load_qualities<T>(q_row, s.target_is_float, q);
       } else {
-#pragma unroll
-        for (int i = 0; i < V; ++i) {
-          if (!(unread >> i & 1)) raw.of[i] = x_row[i * step];
-        }
-      }
-      if (!kSparse) {
-        const int64_t q_at = t_at + wide_product(c, s.target.column);
         if (full) {
-          const int q_bytes = s.target_is_float ? 4 : sizeof(T);
-          if (any_read) {
-            load_qualities<T>(static_cast<const char*>(target) + q_at * q_bytes, s.target_is_float,
-                              q);
-          }
+          if (any_read) raw = load_vector(x_row);
+          if (!kSparse && any_read) load_qualities<T>(q_row, s.target_is_float, q);
         } else {
 #pragma unroll
           for (int i = 0; i < V; ++i) {
-            if (!(unread >> i & 1))
-              q[i] = load_quality<T>(target, s.target_is_float, q_at + i * step);
+            if (!(unread >> i & 1)) {
+              raw.of[i] = x_row[i * step];
+              if (!kSparse) q[i] = load_quality<T>(q_row, s.target_is_float, i * step);
+            }
           }
         }
-      }
-#pragma unroll
-      for (int i = 0; i < V; ++i) x[i] = widen(raw.of[i]);
-      if (unread) {
+        widen(raw, x);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           if (unread >> i & 1) {  // whatever has come with the others
-            x[i] = kNoLogit;
+            x[i] = Loss::kNothing;
             q[i] = 0;
           }
         }
@@ -298,25 +311,24 @@ GFL_DEVICE float quality_planes(const void* pred, const void* target, const void
           if (labels[i] == c) {
             const float quality =
                 load_value<float>(score, s.score.dtype, at(row + i * step).offset(s.score));
-            const LossGrad<float> one = quality_square_loss_grad(x[i], quality);
+            const LossGrad<float> one = Loss::apply(x[i], quality);
             if (kHasLoss) row_loss[i] += one.loss;
             if (kHasGrad) mine.hit[i] = one.grad;
-            x[i] = kNoLogit;
+            x[i] = Loss::kNothing;
           }
         }
-        next = mine.next_label(c + parts, parts, classes);
+        next = mine.next_label(c + parts, s.part_bits, classes);
       }
       if constexpr (kSparse) {
-        background_loss_grad(x, r);
+        Loss::background(x, r);
       } else {
-        dense_loss_grad(x, q, r);
+        Loss::apply(x, q, r);
       }
       if (kHasLoss) {
 #pragma unroll
         for (int i = 0; i < V; ++i) row_loss[i] += r[i].loss;
       }
       if (kHasGrad) {
-        T* const g_row = static_cast<T*>(grad) + (g_at + wide_product(c, s.grad.column));
         float row_factor[V];
         mine.load(mine.factor, row_factor);
 #pragma unroll
@@ -337,9 +349,12 @@ GFL_DEVICE float quality_planes(const void* pred, const void* target, const void
             if (row + i * step < length) g_row[i * step] = raw.of[i];
           }
         }
+        g_row += wide_product(parts, s.grad.column);
       }
+      x_row += wide_product(parts, s.pred.column);
+      if (!kSparse) q_row += wide_product(parts, s.target.column) * q_bytes;
     }
-    if (kHasLoss) {
+    if (kHasLoss && (!full || given(s.weight))) {
       mine.load(mine.weight, row_weight);
 #pragma unroll
       for (int i = 0; i < V; ++i) row_loss[i] *= row_weight[i];
@@ -400,7 +415,8 @@ const void* find_among(int variant) {
 
 template <int kDtype>
 const void* find(int variant) {
-  return find_among<kDtype, 1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 14, 15>(variant);
+  return find_among<kDtype, 1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 14, 15,  // logits
+                    17, 18, 21, 22, 25, 26, 29, 30>(variant);         // probabilities
 }
 
 }  // namespace

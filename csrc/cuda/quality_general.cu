@@ -1,5 +1,5 @@
-// The quality family on whatever quality.cu leaves: other exponents, probabilities, weights per
-// element, float64, any strides. `lanes` threads to a row, an element at a time. The exponential
+// The quality family on whatever quality.cu leaves: other exponents, weights per element, float64,
+// any strides. `lanes` threads to a row, an element at a time. The exponential
 // and the logarithm are math.h's own: for beta < 1 the gradient multiplies their error.
 #include "common.h"
 #include "kernels.h"

@@ -35,9 +35,10 @@ struct Scale {
   int32_t avg_dtype;
 };
 
-// Quality family. quality_kernel is for beta = 2 on logits and takes its kind of problem from its
-// template; quality_general_kernel takes whatever there is.
-enum QualityVariant { kLoss = 1, kGrad = 2, kDense = 4, kPlanes = 8 };
+// Quality family. quality_kernel is for beta = 2 and takes its kind of problem from its template
+// (of probabilities, loss or gradient: no training step asks for both at once);
+// quality_general_kernel takes whatever there is.
+enum QualityVariant { kLoss = 1, kGrad = 2, kDense = 4, kPlanes = 8, kProbabilities = 16 };
 constexpr int kQualityThreads = 256;
 constexpr int kPlaneRowFloats = 4;  // of shared memory, for each row of a tile of kPlanes
 
@@ -55,7 +56,7 @@ struct QualityShape {
   bool weight_per_class, probabilities;  // general
 };
 
-// Distribution family. distribution_kernel stages tiles of rows in shared memory;
+// Distribution family. distribution_kernel stages tiles of rows in shared memory, as they are;
 // distribution_general_kernel reads them where they lie.
 enum StageMode {
   kPacked,    // rows lie one after the other without gaps
@@ -63,6 +64,16 @@ enum StageMode {
   kBinPlanes  // the bins of neighbouring rows do: NCHW
 };
 constexpr int kDistributionThreads = 128;
+constexpr int kMostTileRows = 4 * kDistributionThreads;
+
+// How a tile moves between shared memory and a matrix: in lines, which are rows or, of kBinPlanes,
+// bins.
+struct StageShape {
+  int32_t mode;
+  bool wide;             // lines begin at a vector on both sides
+  int32_t slots;         // vectors that a line may touch; unless kPacked
+  uint32_t slots_magic;  // 2^32 / n, rounded up: n / slots by a multiplication
+};
 
 struct DistributionShape {
   RowShape rows;
@@ -70,14 +81,14 @@ struct DistributionShape {
   Scale scale;
   int64_t bins;
   int64_t tiles, tiles_per_run;
-  int32_t lanes;
-  // Staged: a tile is tile_rows rows of one run of the innermost dimension.
-  int32_t tile_rows, pred_mode, grad_mode;
-  bool pred_wide, grad_wide;         // kBinPlanes: every vector of rows is aligned
-  int32_t row_step, bin_step;        // in shared memory, in elements
-  int32_t weights_at;                // behind the bins: a weight per row
-  uint32_t bins_magic, slots_magic;  // 2^32 / n, rounded up: n / bins by a multiplication
-  int32_t slots;                     // vectors that a row may touch
+  int32_t lane_bits;  // 2^lane_bits threads share a row, up to 32
+  // Staged: a tile is tile_rows rows of one run of the innermost dimension, which are more than
+  // there are threads where they are short.
+  StageShape pred_stage, grad_stage;
+  int32_t tile_rows;
+  int32_t row_step, bin_step;  // in shared memory, in elements
+  bool whole_vectors;          // a row is made of aligned vectors there
+  uint32_t bins_magic;
 };
 
 // Heads: all levels of a pyramid in one launch, a block to a tile, which is neighbouring cells of
