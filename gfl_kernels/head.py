@@ -301,8 +301,9 @@ def _run(
             *losses, iou, boxes = ops.head_loss((cls, box, *others), options)
         else:
             counts = [len(tensors) for tensors in levels]
+            tensors = (tensor for tensors in levels for tensor in tensors)
             *losses, iou, boxes = ops.apply_head_loss(
-                options, channel_dims, counts, *(tensor for tensors in levels for tensor in tensors)
+                backend, options, channel_dims, counts, *tensors
             )
     return GFLLossOutput(*losses, *((boxes, iou) if return_boxes else (None, None)))
 

@@ -297,20 +297,21 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, options, channel_dims, counts, *tensors):
+    def forward(ctx, backend, options, channel_dims, counts, *tensors):
         ctx.set_materialize_grads(False)
         cls, box, *others = _split_levels(tensors, counts)
         cls = [level.movedim(channel_dims[0], -1) for level in cls]
         box = [level.movedim(channel_dims[1], -1) for level in box]
-        *assessed, normalisers, boxes = dispatch.kernel("head_boxes", cls[0])(
+        *assessed, normalisers, boxes = dispatch.implementation(backend, "head_boxes")(
             cls, box, *others, *options[:4], options.write_boxes
         )
         assessed.append(options.normalise(normalisers))
-        *losses, grads = dispatch.kernel("head_forward", cls[0])(
+        *losses, grads = dispatch.implementation(backend, "head_forward")(
             cls, box, *others, *assessed, *options[:8], options.write_grad
         )
         ctx.save_for_backward(*tensors, *assessed, *grads)
-        ctx.options, ctx.channel_dims, ctx.counts = options, channel_dims, counts
+        ctx.backend, ctx.options = backend, options
+        ctx.channel_dims, ctx.counts = channel_dims, counts
         ctx.mark_non_differentiable(assessed[0], boxes)
         return *losses, assessed[0], boxes
 
@@ -331,11 +332,11 @@ class HeadLoss(torch.autograd.Function):
             if create_graph:  # the op's own derivative is refused by name
                 op = torch.ops.gfl_kernels.head_backward
             else:
-                op = dispatch.kernel("head_backward", cls[0])
+                op = dispatch.implementation(ctx.backend, "head_backward")
             grads = op(*upstream, cls, box, *lists[2:], *assessed, *ctx.options[:8])
         count = len(lists[0])
         grads = [grad.movedim(-1, ctx.channel_dims[i >= count]) for i, grad in enumerate(grads)]
-        return None, None, None, *grads, *[None] * (sum(ctx.counts) - 2 * count)
+        return *[None] * 4, *grads, *[None] * (sum(ctx.counts) - 2 * count)
 
 
 def _are_ones(upstream: Sequence[Tensor | None]) -> bool:

@@ -570,6 +570,22 @@ def test_gradients_of_targets_weights_and_bins_come_from_the_reference():
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_backward_runs_on_the_backend_of_forward(fused, name):
+    """Whatever is in force when it runs; an upstream gradient of 2 makes it run a kernel."""
+    function = calls(device=fused.device)[name]
+    pred = logits(40, 17, device=fused.device)
+    grads = []
+    for later in (fused.name, "reference"):
+        leaf = pred.clone().requires_grad_()
+        with gfl_kernels.use_backend(fused.name):
+            loss = (2 * function(leaf)).sum()
+        with gfl_kernels.use_backend(later):
+            loss.backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_double_backward_is_refused_by_the_fused_backends(fused, name):
     """Not a constant in silence: the message names the backend that can."""
     function = calls(device=fused.device)[name]
