@@ -20,9 +20,10 @@ in ptxsim, on full-sized inputs:
   alu, xu, fp64, lsu, each with perfect overlap on a full GPU. Its issue term is replaced by the
   executed SASS instructions; those of the pipes are PTX counts.
 
-A row is a pass of a backend. Where that is two launches (a loss of the CUDA C++ kernels that is a
-sum is finished by a second one, in one block) the counts are of both, and the bound is the sum of
-theirs; launch_over_dram is of the first alone.
+A row is a pass of a backend. Where that is several launches (two for a whole head; a loss of the
+CUDA C++ kernels that is a sum is finished by one more, in one block) the counts are of all, and the
+bound is the sum of theirs; launch_over_dram is of the first alone, and by_launch has each. In the
+DRAM bytes of a pass the cache lasts from launch to launch, in the bounds it does not.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from bench import roofline_head
 from bench.cases import BACKWARD, FORWARD, ITEM_BYTES, STEP, Case
+from bench.roofline_head import HeadCase
 
 LOSS_GRADIENT = "loss+gradient"  # both from one launch, for an upstream gradient of 1
 TRITON, CUDA = BACKENDS = ("triton", "cuda")
@@ -61,6 +64,11 @@ def _qfl(form: str, shape: tuple[int, ...], dtype: str = "float32", passes=_BOTH
     return Case("qfl", form, shape, dtype, passes=passes, **{"weighted": False} | rest)
 
 
+def _head(dtype: str = "float32", size=(400, 672), **rest) -> HeadCase:
+    note = "gfl_loss" if size == (800, 1344) else "gfl_loss, a quarter of 2x80x800x1344"
+    return HeadCase("head", "", (2, 80, *size), dtype, note, _BOTH, weighted=False, **rest)
+
+
 def _bins(op: str, bins: int, dtype: str = "float32", passes=_BOTH, **rest) -> Case:
     return Case(op, "", (SIDES, bins), dtype, passes=passes, **{"weighted": False} | rest)
 
@@ -71,7 +79,9 @@ QFL_DENSE = _qfl("dense", (ANCHORS, 80), passes=_ALL)
 QFL_HALF = _qfl("sparse", (ANCHORS, 80), "bfloat16", _ALL, quick=True)
 QFL_FLOAT16 = _qfl("sparse", (ANCHORS, 80), "float16", _ALL)
 DFL = _bins("dfl", 17, passes=_ALL, quick=True)
-EVERY_TARGET = (QFL, QFL_HALF, DFL)  # of the rest a default run takes one of NVIDIA and one of AMD
+HEAD = _head(quick=True)
+# Of the rest a default run takes one target of NVIDIA and one of AMD.
+EVERY_TARGET = (QFL, QFL_HALF, DFL, HEAD)
 CASES = (
     QFL,
     _qfl("sparse", (ANCHORS, 80), passes=_ALL, weighted=True),
@@ -91,6 +101,9 @@ CASES = (
     _bins("dfl", 8, passes=_ALL),
     _bins("dfl", 33),
     _bins("integral", 17),
+    HEAD,
+    _head("bfloat16"),
+    _head(channels_last=True),
 )
 FULL_CASES = (
     *CASES,
@@ -106,6 +119,8 @@ FULL_CASES = (
     _bins("dfl", 33, "bfloat16"),
     _bins("integral", 17, "bfloat16"),
     _bins("integral", 17, "float16"),
+    _head("bfloat16", channels_last=True),
+    _head(size=(800, 1344)),
 )
 SMALL = (  # what eager and the kernels launch does not depend on the size
     Case("qfl", "sparse", (64, 80)),
@@ -113,6 +128,7 @@ SMALL = (  # what eager and the kernels launch does not depend on the size
     Case("qfl", "probability", (64, 80)),
     Case("dfl", "", (64, 17)),
     Case("integral", "", (64, 17)),
+    HeadCase("head", "", (2, 80, 64, 96), weighted=False),
 )
 
 
@@ -142,6 +158,39 @@ def cuda_missing() -> str | None:
     from bench import sass
 
     return sass.cuda_device.why_not()
+
+
+def backends_of(case: Case, backends: tuple[str, ...]) -> tuple[str, ...]:
+    """Those with kernels for the case."""
+    from gfl_kernels import dispatch
+
+    if case.op != "head":
+        return backends
+    return tuple(name for name in backends if "head_forward" not in dispatch._MISSING.get(name, ()))
+
+
+def make_inputs(case: Case):
+    from bench import contestants
+
+    return (roofline_head if case.op == "head" else contestants).make_inputs(case)
+
+
+def minimum_bytes(case: Case, which: str, inputs) -> int:
+    if case.op == "head":
+        return roofline_head.minimum_bytes(case, inputs, which)
+    return case.bytes(STEP if which == LOSS_GRADIENT else which)
+
+
+def counted(case: Case, which: str, inputs, kernels, device) -> None:
+    """Leaves the reports of a pass's launches on the device, and of no others."""
+    assessed = None
+    if case.op == "head" and which == BACKWARD:
+        assessed = roofline_head.assess(inputs, kernels)
+    device.reports.clear()
+    if case.op == "head":
+        roofline_head.launch(which, inputs, kernels, assessed)
+    else:
+        launch(case, which, inputs, kernels)
 
 
 def launch(case: Case, which: str, inputs, kernels):
@@ -175,9 +224,7 @@ def measure(
     case: Case, which: str, backend: str, archs: tuple[int, ...], amd: tuple[str, ...]
 ) -> list[Row]:
     """A row per target."""
-    from bench import contestants
-
-    inputs = contestants.make_inputs(case)
+    inputs = make_inputs(case)
     run = {TRITON: measure_triton, CUDA: measure_cuda}[backend]
     return [_about(case, which, backend) | row for row in run(case, which, inputs, archs, amd)]
 
@@ -189,10 +236,10 @@ def measure_triton(case: Case, which: str, inputs, archs, amd) -> list[Row]:
     rows = []
     for arch in archs:
         with sass.CountingDevice(arch) as device:
-            launch(case, which, inputs, kernels)
-        (report,), (source,) = device.reports, device.sources
-        rows.append(nvidia_row(case, which, arch, device.reports))
-    return rows + [amd_row(source, report.num_warps, target) for target in amd]
+            counted(case, which, inputs, kernels, device)
+        rows.append(nvidia_row(case, which, arch, device.reports, inputs))
+    compiled = [(report.source, report.num_warps) for report in device.reports]
+    return rows + [amd_row(compiled, target) for target in amd]
 
 
 def measure_cuda(case: Case, which: str, inputs, archs, amd) -> list[Row]:
@@ -202,8 +249,8 @@ def measure_cuda(case: Case, which: str, inputs, archs, amd) -> list[Row]:
     rows = []
     for arch in archs:
         device = sass.CountingCuda(arch)
-        launch(case, which, inputs, device)
-        rows.append(nvidia_row(case, which, arch, device.reports))
+        counted(case, which, inputs, device, device)
+        rows.append(nvidia_row(case, which, arch, device.reports, inputs))
     return rows
 
 
@@ -224,29 +271,33 @@ def _about(case: Case, which: str, backend: str) -> Row:
 
 def rows_aligned(case: Case) -> bool:
     """Whether the runs of neighbouring logits, rows or planes, are multiples of 16 bytes."""
+    if case.op == "head":
+        return False  # planes of small levels are not, nor are the positives'
     run = case.shape[2] * case.shape[3] if case.nchw else case.width
     if case.width == 1:
         run = case.rows
     return run * ITEM_BYTES[case.dtype] % 16 == 0
 
 
-def nvidia_row(case: Case, which: str, arch: int, reports) -> Row:
-    """reports: of the pass's launches, of which those after the first finish a sum."""
+def nvidia_row(case: Case, which: str, arch: int, reports, inputs) -> Row:
+    """reports: of the pass's launches."""
+    from ptxsim.report import GPUS as SPECIFICATIONS
+
     from bench import sass
 
     first = reports[0]
     infos, executed = [report.cubin_info() for report in reports], sass.executed(*reports)
     lanes = 32 / (case.rows * case.width)
     moved = Counter()
-    for traffic in first.allocations:
-        if {"pred", "grad"} & set(traffic.name.split("+")):  # neighbours in memory are one
+    for traffic in (traffic for report in reports for traffic in report.allocations):
+        # Views of one memory are one; a head's levels are cls.0, grad.1, ...
+        if {"pred", "cls", "box", "grad"} & {name.split(".")[0] for name in names_of(traffic)}:
             moved.update(traffic.read_widths)
             moved.update(traffic.written_widths)
-    minimum = case.bytes(STEP if which == LOSS_GRADIENT else which)
-    dram = sum(report.dram_bytes_read + report.dram_bytes_written for report in reports)
+    minimum, dram = minimum_bytes(case, which, inputs), dram_bytes(reports)
     bounds = [terms(report, GPUS[arch]) for report in reports]
     bound = sum(max(of_launch.values()) for of_launch in bounds)
-    dram_term = sum(of_launch["dram"] for of_launch in bounds)
+    totals = {term: sum(of_launch[term] for of_launch in bounds) for term in bounds[0]}
     return {
         "target": f"sm_{arch}",
         "gpu": GPUS[arch],
@@ -269,14 +320,53 @@ def nvidia_row(case: Case, which: str, arch: int, reports) -> Row:
         "dram_bytes": dram,
         "minimum_bytes": minimum,
         "dram_ratio": dram / minimum,
-        "load_sectors_per_request": first.global_load.sectors_per_request,
-        "store_sectors_per_request": first.global_store.sectors_per_request,
-        "terms_us": {term: sum(of_launch[term] for of_launch in bounds) for term in bounds[0]},
+        "load_sectors_per_request": _sectors_per_request(r.global_load for r in reports),
+        "store_sectors_per_request": _sectors_per_request(r.global_store for r in reports),
+        "dram_gbs": SPECIFICATIONS[GPUS[arch]].dram_gbs,
+        "terms_us": totals,
         "bound_us": bound,
-        "bound_by": max(bounds[0], key=bounds[0].get),
-        "over_dram": bound / dram_term,
+        "bound_by": max(totals, key=totals.get),
+        "over_dram": bound / totals["dram"],
         "launch_over_dram": max(bounds[0].values()) / bounds[0]["dram"],
+        "by_launch": [
+            {
+                "kernel": report.kernel,
+                "registers": info.registers,
+                "spills": info.spills,
+                "sass_per_logit": sass.executed(report).instructions * lanes,
+                "bound_us": max(of_launch.values()),
+                "bound_by": max(of_launch, key=of_launch.get),
+            }
+            for report, info, of_launch in zip(reports, infos, bounds, strict=True)
+        ],
     }
+
+
+def names_of(traffic) -> set[str]:
+    return set(traffic.name.split("+"))
+
+
+def dram_bytes(reports) -> int:
+    """Read and written by a pass, its launches sharing one infinite cache. Of what two launches
+    read the larger part counts: in all of ours it holds the smaller.
+    """
+    read: dict[tuple[str, int], int] = {}
+    written: dict[tuple[str, int], int] = {}
+    for report in reports:
+        before = {name for names, _ in written for name in names.split("+")}
+        for traffic in report.allocations:
+            # A kernel's grad may be another array than the next one's.
+            key = traffic.name, traffic.size
+            if not names_of(traffic) & before:
+                read[key] = max(read.get(key, 0), traffic.read_unique)
+            if traffic.written_unique:
+                written[key] = max(written.get(key, 0), traffic.written_unique)
+    return sum(read.values()) + sum(written.values())
+
+
+def _sectors_per_request(stats) -> float:
+    stats = list(stats)
+    return sum(s.sectors for s in stats) / max(1, sum(s.requests for s in stats))
 
 
 def _shares(counts: Counter[str], lanes: float) -> dict[str, float]:
@@ -296,8 +386,18 @@ def terms(report, gpu: str) -> dict[str, float]:
     return report.roofline(gpu).terms | {"issue": issue}
 
 
-def amd_row(source, warps: int, target: str) -> Row:
-    """The kernel that Triton compiled for NVIDIA as it is on AMD: the same types and alignments."""
+def amd_row(compiled: list[tuple], target: str) -> Row:
+    """The kernels (source, warps) that Triton compiled for NVIDIA as they are on AMD: registers of
+    the one that has most, the rest of all.
+    """
+    found = [amd_kernel(source, warps, target) for source, warps in compiled]
+    most = ("vgprs", "sgprs")
+    totals = {key: (max if key in most else sum)(facts[key] for facts in found) for key in found[0]}
+    return {"target": target, **totals}
+
+
+def amd_kernel(source, warps: int, target: str) -> dict[str, int]:
+    """The same types and alignments."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -319,7 +419,7 @@ def amd_row(source, warps: int, target: str) -> Row:
     found = {key: int(re.search(rf"\.{name}: *(\d+)", text)[1]) for key, name in facts.items()}
     opcodes = re.findall(r"^\s+((?:v|s|global|ds|buffer|scratch|flat)_\w+)", text, re.M)
     real = [op for op in opcodes if op not in ("s_nop", "s_code_end")]
-    return {"target": target, **found, "static_instructions": len(real)}
+    return found | {"static_instructions": len(real)}
 
 
 def operations(call: Callable[[], object]) -> int:
@@ -343,14 +443,21 @@ def operations(call: Callable[[], object]) -> int:
 def launches(case: Case, backends: tuple[str, ...] = BACKENDS) -> Row:
     """Forward + backward: eager's operations against kernels and operations of ours."""
     import gfl_kernels
-    from bench import contestants, sass
+    from bench import contestants, head, sass
 
-    inputs = contestants.make_inputs(case)
-    eager, _, ours = contestants.forms(case, inputs)
+    if case.op == "head":
+        inputs, upstream = head.make_inputs(size=case.shape[2:], positives=case.positives), None
+        leaves, table = inputs.leaves, head.contestants(inputs, compiled=False)
+        eager, ours = table["eager"], table["gfl_kernels"]
+    else:
+        inputs = contestants.make_inputs(case)
+        leaves, upstream = [inputs.logits], inputs.upstream
+        eager, _, ours = contestants.forms(case, inputs)
 
     def step(form):
-        inputs.logits.grad = None
-        form(inputs.logits).backward(inputs.upstream)
+        for leaf in leaves:
+            leaf.grad = None
+        form(*leaves).backward(upstream)
 
     with sass.CountingDevice(90) as device, gfl_kernels.use_backend("triton"):
         own_operations = operations(lambda: step(ours))
@@ -382,7 +489,11 @@ class Requirement:
 
 
 def _large(row: Row) -> bool:
-    return row["logits"] >= LARGE
+    return row["op"] != "head" and row["logits"] >= LARGE
+
+
+def _of_head(*passes: str) -> Callable[[Row], bool]:
+    return lambda row: row["op"] == "head" and row["pass"] in passes
 
 
 def _figure_case(backend: str, cases: tuple[Case, ...], which: str) -> Callable[[Row], bool]:
@@ -425,6 +536,9 @@ def _near_dram(op: str) -> Callable[[Row], bool]:
 
 REQUIREMENTS = (
     Requirement("DRAM bytes / minimum, from 256k logits", 1.03, "dram_ratio", _large),
+    Requirement("Head: DRAM bytes / minimum", 1.05, "dram_ratio", _of_head(*_BOTH)),
+    Requirement("Head: launches forward", 4, "launches", _of_head(FORWARD)),
+    Requirement("Head: launches backward", 2, "launches", _of_head(BACKWARD)),
     Requirement(
         "Share of logit bytes in 16-byte accesses, aligned rows",
         0.95,
@@ -523,10 +637,14 @@ def execute(options: argparse.Namespace, selected: list[Case], backends: tuple[s
 
     console = Console(width=None if sys.stdout.isatty() else 180)
     tasks = [
-        (case, which, backend) for case in selected for which in case.passes for backend in backends
+        (case, which, backend)
+        for case in selected
+        for which in case.passes
+        for backend in backends_of(case, backends)
     ]
-    # Kernels of bins take longest to compile: they come first, so that no process ends alone.
-    order = sorted(range(len(tasks)), key=lambda i: tasks[i][0].op == "qfl")
+    # What takes longest comes first, so that no process ends alone: heads, then kernels of bins.
+    ranks = {"head": 0, "qfl": 2}
+    order = sorted(range(len(tasks)), key=lambda i: ranks.get(tasks[i][0].op, 1))
     found: dict[int, list[Row]] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(options.jobs, len(tasks)), context, _one_thread) as pool:
@@ -536,7 +654,11 @@ def execute(options: argparse.Namespace, selected: list[Case], backends: tuple[s
             found[i] = result()
     rows = [row for i in range(len(tasks)) for row in found[i]]
     shown = {(case.op, case.form) for case in selected}
-    steps = [launches(case, backends) for case in SMALL if (case.op, case.form) in shown]
+    steps = [
+        launches(case, backends_of(case, backends))
+        for case in SMALL
+        if (case.op, case.form) in shown
+    ]
     verdicts = judge(rows)
     document = describe(options, backends) | {
         "requirements": verdicts,

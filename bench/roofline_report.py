@@ -75,12 +75,12 @@ def _bound(row: Row | None) -> str:
 def print_launches(console: Console, rows: list[Row]):
     table = Table(box=box.SIMPLE_HEAD, title="operations of a step, forward + backward")
     table.add_column("op", no_wrap=True)
-    backends = list(rows[0]["kernel_launches"])
+    backends = list(dict.fromkeys(name for row in rows for name in row["kernel_launches"]))
     launches = [f"{backend}: kernel launches" for backend in backends]
     for title in ("eager: ATen operations", *launches, "triton: ATen operations"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        launched = [row["kernel_launches"][backend] for backend in backends]
+        launched = [row["kernel_launches"].get(backend, "") for backend in backends]
         counts = (row["eager_operations"], *launched, row["own_operations"])
         table.add_row(row["case"], *map(str, counts))
     console.print(table)
@@ -118,6 +118,8 @@ COLOURS = {
     "qfl sparse NCHW": "#1b3a57",
     "dfl": "#c44e52",
     "integral": "#cf7f24",
+    "head NCHW": "#3f7f3f",
+    "head channels_last": "#8fbf5f",
 }
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
 NEAR = 1.15  # times the DRAM term: up to there a kernel is as good as bound by DRAM
@@ -157,7 +159,8 @@ def draw(path: Path, document: dict) -> Path:
 
 
 def _kind(row: Row) -> str:
-    return " ".join(filter(None, (row["op"], row["form"], "NCHW" * (row["layout"] == "NCHW"))))
+    layout = row["layout"] if row["layout"] != "rows" else ""
+    return " ".join(filter(None, (row["op"], row["form"], layout)))
 
 
 def _dot(marker: str, colour: str, hollow: bool = False):
@@ -170,10 +173,11 @@ def _intensity(row: Row) -> float:
 
 
 def _panel(axis, gpu: str, rows: list[Row]):
-    # Roofs out of a row's own terms: a term is a count over a rate. One launch on a full GPU.
-    row = next(row for row in rows if row["launches"] == 1)
-    bandwidth = row["dram_bytes"] / row["terms_us"]["dram"] / 1e3
-    issue = _intensity(row) * row["dram_bytes"] / row["terms_us"]["issue"] / 1e3
+    bandwidth = rows[0]["dram_gbs"]
+    # A term is a count over a rate, that of a launch which fills the GPU.
+    issue = max(
+        row["sass_per_logit"] * row["logits"] / row["terms_us"]["issue"] / 1e3 for row in rows
+    )
     low, high = 0.7 * min(map(_intensity, rows)), 1.5 * max(map(_intensity, rows))
     ridge = issue / bandwidth
     axis.plot([low, ridge, high], [bandwidth, bandwidth, issue / high], color="black", zorder=1)

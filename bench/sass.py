@@ -96,20 +96,14 @@ class _Launcher(ptxsim.TritonDevice.launcher_cls):
 
     def __call__(self, *args):
         super().__call__(*args)
-        driver.active.sources.append(self.source)
+        driver.active.reports[-1].source = self.source
 
 
 class CountingDevice(ptxsim.TritonDevice):
-    """A simulated GPU whose reports have counts by PTX line.
-
-    sources: what Triton compiled, one entry per report.
-    """
+    """A simulated GPU whose reports have counts by PTX line, and as `source` what Triton
+    compiled."""
 
     launcher_cls = _Launcher
-
-    def __init__(self, arch: int):
-        super().__init__(arch)
-        self.sources = []
 
     def get_current_device(self) -> int:
         """Not that of ptxsim's own devices, whose kernels Triton keeps with other launchers."""

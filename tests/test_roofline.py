@@ -22,6 +22,7 @@ if (_missing := roofline.missing()) is not None and not INTERPRETED:
 
 from bench import sass  # noqa: E402
 from bench.cases import Case  # noqa: E402
+from bench.roofline_head import HeadCase  # noqa: E402
 
 needs_nvcc = pytest.mark.skipif(
     roofline.cuda_missing() is not None, reason=str(roofline.cuda_missing())
@@ -186,6 +187,25 @@ def test_rows_of_the_cuda_kernels():
     assert row["over_dram"] > row["launch_over_dram"] >= 1
 
 
+def test_rows_of_a_head():
+    case = HeadCase("head", "", (2, 80, 128, 192), weighted=False, channels_last=True)
+    assert case.rows == 2 * (16 * 24 + 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2)
+    kernels = {
+        "forward": ["head_boxes_kernel", "head_cls_kernel"],
+        "backward": ["head_cls_kernel", "head_box_grad_kernel"],
+    }
+    for which, names in kernels.items():
+        (row,) = roofline.measure(case, which, roofline.TRITON, (90,), ())
+        assert [of["kernel"] for of in row["by_launch"]] == names and row["launches"] == 2
+        assert row["spills"] == 0 and row["agreement"] > 0.95
+        assert row["sass_per_logit"] == pytest.approx(
+            sum(of["sass_per_logit"] for of in row["by_launch"])
+        )
+        # Partial sums, counters and losses come on top.
+        assert 0 < row["dram_bytes"] - row["minimum_bytes"] < 0.05 * row["minimum_bytes"]
+        assert row["bound_us"] == sum(of["bound_us"] for of in row["by_launch"])
+
+
 def test_copies_of_an_access_are_refused():
     sixteen = sass.Block([], [sass.Instruction("LDG.E.128", "R0, [R2]", 2, "a.py:1")])
     ptx = "ret;\nld.global.v4.b32 {...}, [%rd1];\nld.global.v8.b32 {...}, [%rd1];"
@@ -254,6 +274,17 @@ def test_requirements_of_the_cuda_kernels():
         assert missed[0]["worst"].startswith("cuda, ")
     dense = good_row(**cuda | {"sass_per_logit": 35.0}, case=roofline.QFL_DENSE.name)
     assert [v["measured"] for v in verdicts(dense).values() if v["verdict"] == "miss"] == [35.0]
+
+
+def test_requirements_of_a_head():
+    good = {"op": "head", "case": roofline.HEAD.name, "dram_ratio": 1.05, "registers": 255}
+    passes = (("forward", 4), ("backward", 2))
+    rows = [good_row(**good, launches=n) | {"pass": which} for which, n in passes]
+    assert not [v for v in verdicts(*rows).values() if v["verdict"] == "miss"]
+    for row in rows:
+        for column, value in {"launches": row["launches"] + 1, "dram_ratio": 1.06}.items():
+            bad = verdicts(*rows, row | {column: value})
+            assert [v["measured"] for v in bad.values() if v["verdict"] == "miss"] == [value]
 
 
 def test_requirements_keep_to_their_scope():
