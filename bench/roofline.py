@@ -160,15 +160,6 @@ def cuda_missing() -> str | None:
     return sass.cuda_device.why_not()
 
 
-def backends_of(case: Case, backends: tuple[str, ...]) -> tuple[str, ...]:
-    """Those with kernels for the case."""
-    from gfl_kernels import dispatch
-
-    if case.op != "head":
-        return backends
-    return tuple(name for name in backends if "head_forward" not in dispatch._MISSING.get(name, ()))
-
-
 def make_inputs(case: Case):
     from bench import contestants
 
@@ -637,10 +628,7 @@ def execute(options: argparse.Namespace, selected: list[Case], backends: tuple[s
 
     console = Console(width=None if sys.stdout.isatty() else 180)
     tasks = [
-        (case, which, backend)
-        for case in selected
-        for which in case.passes
-        for backend in backends_of(case, backends)
+        (case, which, backend) for case in selected for which in case.passes for backend in backends
     ]
     # What takes longest comes first, so that no process ends alone: heads, then kernels of bins.
     ranks = {"head": 0, "qfl": 2}
@@ -654,11 +642,7 @@ def execute(options: argparse.Namespace, selected: list[Case], backends: tuple[s
             found[i] = result()
     rows = [row for i in range(len(tasks)) for row in found[i]]
     shown = {(case.op, case.form) for case in selected}
-    steps = [
-        launches(case, backends_of(case, backends))
-        for case in SMALL
-        if (case.op, case.form) in shown
-    ]
+    steps = [launches(case, backends) for case in SMALL if (case.op, case.form) in shown]
     verdicts = judge(rows)
     document = describe(options, backends) | {
         "requirements": verdicts,
