@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> quality_forward(Tensor pred, Tensor target, std::opti
                               nullptr,
                               l.get(),
                               write_grad ? g.get() : nullptr,
-                              static_cast<gfl_form>(form),
+                              static_cast<int32_t>(form),
                               beta,
                               scale_of(pred, scale, reduction)};
   check(device.run(args));
@@ -166,7 +166,7 @@ Tensor quality_backward(Tensor grad_loss, Tensor pred, Tensor target, std::optio
                               u.get(),
                               nullptr,
                               g.get(),
-                              static_cast<gfl_form>(form),
+                              static_cast<int32_t>(form),
                               beta,
                               scale_of(pred, scale, reduction)};
   check(device.run(args));
@@ -295,7 +295,7 @@ struct HeadCall {
     a.targets = targets.data();
     a.label_weights = label_weights.data();
     a.strides = strides.data();
-    a.iou = static_cast<gfl_iou>(iou);
+    a.iou = static_cast<int32_t>(iou);
     a.iou_eps = iou_eps;
     a.limit = limit;
     return a;
@@ -357,7 +357,7 @@ void run_head(const Device& device, const HeadCall& call, const Tensor& quality,
   args.weight = w.get();
   args.sums = s.get();
   args.normalisers = n.get();
-  args.form = static_cast<gfl_form>(form);
+  args.form = static_cast<int32_t>(form);
   args.alpha = alpha;
   args.beta = beta;
   for (int i = 0; i < 3; ++i) args.loss_weights[i] = loss_weights[i];

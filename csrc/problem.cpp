@@ -150,7 +150,7 @@ QualityProblem describe(const char* name, const gfl_quality_args& args) {
   if (args.form < GFL_LOGITS || args.form > GFL_VARIFOCAL) {
     fail(std::string(name) + ": no such form: " + std::to_string(args.form));
   }
-  q.form = args.form;
+  q.form = static_cast<gfl_form>(args.form);
   q.alpha = args.alpha;
   q.beta = args.beta;
   q.scale = args.scale;
@@ -219,6 +219,9 @@ HeadProblem describe(const char* name, const gfl_head_args& args, int level, int
   h.dense = args.targets;
   if (args.form != GFL_LOGITS && !(args.form == GFL_VARIFOCAL && h.dense)) {
     fail(std::string(name) + ": form must be GFL_LOGITS, or with targets GFL_VARIFOCAL");
+  }
+  if (args.iou < GFL_IOU || args.iou > GFL_CIOU_ALL) {
+    fail(std::string(name) + ": no such iou: " + std::to_string(args.iou));
   }
   if (box.ndim != cls.ndim || box.sizes[box.ndim - 1] % 4 || box.sizes[box.ndim - 1] < 8) {
     fail(where + "box must have shape (B, cells..., 4 K), got " + shape_of(box.sizes, box.ndim));
@@ -307,7 +310,7 @@ HeadProblem describe(const char* name, const gfl_head_args& args, int level, int
       operand("normalisers", *args.normalisers, two + 1, 1).dtype != dtype) {
     fail(where + "sums and normalisers have the wrong dtype");
   }
-  h.iou = args.iou;
+  h.iou = static_cast<gfl_iou>(args.iou);
   h.iou_eps = args.iou_eps;
   h.limit = args.limit;
   h.stride = args.strides[level];

@@ -666,6 +666,17 @@ def test_ops_refuse_forms_that_a_head_has_not(fused):
             torch.ops.gfl_kernels.head_forward(*arguments)
 
 
+@pytest.mark.parametrize("iou", [-1, 5])
+def test_compiled_ops_refuse_an_iou_that_there_is_not(native, iou):
+    lists, (strides, _, *rest), assessed = head_arguments(scene())
+    box = (strides, iou, *rest)
+    with pytest.raises((ValueError, RuntimeError), match="no such iou"):
+        torch.ops.gfl_native.head_boxes(*lists, *box, False)
+    with pytest.raises((ValueError, RuntimeError), match="no such iou"):
+        arguments = (*lists, *assessed, *box, ops.LOGITS, 0.75, 2.0, [1.0, 2.0, 0.25], False)
+        torch.ops.gfl_native.head_forward(*arguments)
+
+
 # ---- processes
 
 WORKER = """

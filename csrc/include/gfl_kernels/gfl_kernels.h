@@ -71,7 +71,7 @@ typedef struct {
   const gfl_view*
       loss; /* [...] per row or [] for the sum, optional; float32, float64 for float64 */
   const gfl_view* grad; /* [..., C] in pred's dtype, optional */
-  gfl_form form;
+  int32_t form;         /* a gfl_form */
   double beta;
   double scale;
   double alpha; /* of Varifocal Loss */
@@ -117,6 +117,7 @@ GFL_API int gfl_integral_cuda(const gfl_integral_args* args, void* stream);
  * a label in [0, C) is positive, the weight of a positive is its highest score, and Quality Focal
  * Loss trains that class to the quality; with targets, labels are a mask, the weight is the sum of
  * the anchor's targets, and the targets are what all classes are trained to. */
+/* The box loss: -log IoU, GIoU, DIoU, CIoU, CIoU at every IoU. */
 typedef enum { GFL_IOU, GFL_GIOU, GFL_DIOU, GFL_CIOU, GFL_CIOU_ALL } gfl_iou;
 
 typedef struct {
@@ -129,7 +130,7 @@ typedef struct {
   const gfl_view* targets;       /* [B, ..., C], optional */
   const gfl_view* label_weights; /* [B, n], optional */
   const double* strides;         /* of the levels, in pixels */
-  gfl_iou iou;                   /* the box loss: -log IoU, GIoU, DIoU, CIoU, CIoU at every IoU */
+  int32_t iou;                   /* a gfl_iou */
   double iou_eps;
   double limit; /* the largest target of the DFL, in bins */
   /* These are float64 if cls and box are, else float32, without gaps. gfl_head_boxes_* write them,
@@ -142,7 +143,7 @@ typedef struct {
   const gfl_view* boxes;       /* [B, A, 4] pixels, of positives, 0 elsewhere; optional */
   /* For gfl_head_*: three losses and three arrays [levels], of classes, box and DFL. form, alpha
    * and beta are those of gfl_quality_args; Varifocal Loss needs targets. */
-  gfl_form form;
+  int32_t form;
   double alpha;
   double beta;
   double loss_weights[3];
