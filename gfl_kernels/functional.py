@@ -165,9 +165,7 @@ def _quality_focal_loss(
             raise _wrong_shape(
                 name, "target", "pred's shape or be a tuple (label, score):", pred.shape, target
             )
-    _check_number(name, "beta", beta)
-    if not beta >= 0:
-        raise ValueError(f"{name}: beta must be >= 0, got {beta}")
+    _check_not_negative(name, "beta", beta)
     if weight is not None:
         _check_tensor(name, "weight", weight, pred)
         if weight.shape == (*rows, 1) and class_dim == -1:
@@ -370,6 +368,12 @@ def _check_number(name: str, argument: str, value, also: str = "") -> None:
     # check.
     if not isinstance(value, (float, int)) and not isinstance(value, Real):
         raise TypeError(f"{name}: {argument} must be a number{also}, got {type(value).__name__}")
+
+
+def _check_not_negative(name: str, argument: str, value) -> None:
+    _check_number(name, argument, value)
+    if not value >= 0:
+        raise ValueError(f"{name}: {argument} must be >= 0, got {value}")
 
 
 def _check_tensor(name: str, argument: str, tensor, pred: Tensor) -> None:

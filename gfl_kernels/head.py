@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import debug, dispatch, ops, reference
 from .functional import (
+    _check_not_negative,
     _check_number,
     _check_reduction,
     _check_tensor,
@@ -196,7 +197,8 @@ def task_aligned_loss(
     if target_scores.shape != expected:
         raise _wrong_shape(name, "target_scores", "shape [B, A, C] =", expected, target_scores)
     limit = channels // 4 - 1.01
-    _check_not_negative(name, alpha=alpha, gamma=gamma)
+    _check_not_negative(name, "alpha", alpha)
+    _check_not_negative(name, "gamma", gamma)
     if varifocal and beta != 0:
         raise ValueError(f"{name}: beta must be 0 with varifocal, got {beta!r}")
     options = _options(
@@ -236,7 +238,7 @@ def _options(
     kinds = ("iou", "giou", "diou", "ciou")
     if iou not in kinds:
         raise ValueError(f"{name}: iou must be one of {', '.join(kinds)}, got {iou!r}")
-    _check_not_negative(name, beta=beta)
+    _check_not_negative(name, "beta", beta)
     if not isinstance(loss_weights, Sequence) or len(loss_weights) != 3:
         raise ValueError(f"{name}: loss_weights must be three numbers, got {loss_weights!r}")
     for i, weight in enumerate(loss_weights):
@@ -329,13 +331,6 @@ def _normalise(normalisers: Tensor, avg_factor, dense: bool, group) -> Tensor:
 
 
 # Argument checks
-
-
-def _check_not_negative(name: str, **numbers: float) -> None:
-    for argument, number in numbers.items():
-        _check_number(name, argument, number)
-        if not number >= 0:
-            raise ValueError(f"{name}: {argument} must be >= 0, got {number}")
 
 
 def _check_levels(name: str, **arguments) -> list[list]:

@@ -37,7 +37,7 @@ from torch import Tensor
 from . import dispatch
 from .reference import accumulate_dtype
 
-# Reductions and forms as the schemas carry them; csrc/cpu/ops.cpp has the same numbers.
+# Reductions and forms as the schemas carry them; csrc/ops.h and gfl_kernels.h have the same.
 NONE, SUM, MEAN = 0, 1, 2
 LOGITS, PROBABILITIES, VARIFOCAL = 0, 1, 2
 IOUS = {"iou": 0, "giou": 1, "diou": 2, "ciou": 3, "ciou_all": 4}  # reference.box_loss's kinds

@@ -105,8 +105,7 @@ struct ClassTile {
                           const IsLabel& is_label, const float (&quality)[V],
                           LossGrad<float> (&r)[V]) const {
     float x[V];
-#pragma unroll
-    for (int i = 0; i < V; ++i) x[i] = widen(raw.of[i]);
+    widen(raw, x);
     if (dense()) {
 #pragma unroll
       for (int i = 0; i < V; ++i) r[i] = class_loss_grad<kVariant>(x[i], q[i], s);

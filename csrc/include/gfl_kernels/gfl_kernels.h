@@ -112,14 +112,14 @@ typedef struct {
 GFL_API int gfl_integral_cpu(const gfl_integral_args* args);
 GFL_API int gfl_integral_cuda(const gfl_integral_args* args, void* stream);
 
+/* The box loss: -log IoU, GIoU, DIoU, CIoU, CIoU at every IoU. */
+typedef enum { GFL_IOU, GFL_GIOU, GFL_DIOU, GFL_CIOU, GFL_CIOU_ALL } gfl_iou;
+
 /* The losses of a detection head over the levels of a pyramid. A list is an array of `levels`
  * views; a level has n cells in one dimension or in two, and A is the sum of all n. Without targets
  * a label in [0, C) is positive, the weight of a positive is its highest score, and Quality Focal
  * Loss trains that class to the quality; with targets, labels are a mask, the weight is the sum of
  * the anchor's targets, and the targets are what all classes are trained to. */
-/* The box loss: -log IoU, GIoU, DIoU, CIoU, CIoU at every IoU. */
-typedef enum { GFL_IOU, GFL_GIOU, GFL_DIOU, GFL_CIOU, GFL_CIOU_ALL } gfl_iou;
-
 typedef struct {
   int32_t levels;
   const gfl_view* cls;           /* [B, ..., C] logits */
