@@ -25,8 +25,8 @@ namespace gfl {
 
 // exp(x).  Valid: x <= 88, -inf and NaN included.  Max relative error: 1e-7 (float), 2.3e-16
 // (double). 0 below the smallest normal number, so that softmax tails and saturated sigmoids make
-// no denormals.
-template <typename T>
+// no denormals; kBounded: |x| <= 80, so there are none.
+template <bool kBounded = false, typename T>
 GFL_HD T exponential(T x) {
   using S = scalar_t<T>;
   if constexpr (sizeof(S) == 4) {
@@ -42,7 +42,8 @@ GFL_HD T exponential(T x) {
     p = p * r + S(0.49999993050676267f);
     p = p * r + S(1);
     p = p * r + S(1);
-    return select(x < S(-87.33f), broadcast<T>(S(0)), p * shift_exponent(t));
+    p = p * shift_exponent(t);
+    return kBounded ? p : select(x < S(-87.33f), broadcast<T>(S(0)), p);
   } else {
     const T t = x * S(1.4426950408889634) + S(6755399441055744.0 + 1023.0);
     const T n = t - S(6755399441055744.0 + 1023.0);
@@ -61,7 +62,8 @@ GFL_HD T exponential(T x) {
     p = p * r + S(1.0 / 6.0);
     p = p * r + S(0.5);
     p = (p * r) * r + (r + S(1));
-    return select(x < S(-708.39), broadcast<T>(S(0)), p * shift_exponent(t));
+    p = p * shift_exponent(t);
+    return kBounded ? p : select(x < S(-708.39), broadcast<T>(S(0)), p);
   }
 }
 

@@ -438,6 +438,15 @@ class Distribution {
       : p_(problem), inner_(problem.ndim - 1), bins_(problem.bins) {
     Scratch scratch(memory);
     z_ = scratch.take<Vs>(bins_);
+    flat_ = kFlat && bins_ >= 8 && bins_ <= kFlatBins && packed(p_.pred) &&
+            (!p_.grad.data || packed(p_.grad));
+    if (!flat_) return;
+    e_ = scratch.take<A>(kFlatRows * bins_ + kN);
+    if constexpr (sizeof(S) != sizeof(A)) g_ = scratch.take<A>(kFlatRows * bins_ + kN);
+    if (is_integral()) {
+      y_ = scratch.take<A>(bins_ + kN);
+      for (int64_t k = 0; k < bins_; ++k) y_[k] = reinterpret_cast<const A*>(p_.values.data)[k];
+    }
   }
 
   double run(int64_t begin, int64_t count) {
@@ -469,7 +478,17 @@ class Distribution {
 
     V total{};
     Group groups[kGroups];
-    for (int g = 0; g < active; g += kGroups * kN) {
+    for (int g = 0, step; g < active; g += step) {
+      step = kGroups * kN;
+      if (flat_ && active == n && g % kFlatRows == 0) {
+        const int rows = smaller(kFlatRows, (n - g) / kN * kN);
+        if (rows > 0 && exponentials(r + g, rows)) {
+          total = total + flat(r, g, rows);
+          step = rows;
+          continue;
+        }
+        flat_ = rows == 0;  // large logits have company: no more attempts in these rows
+      }
       GFL_EACH_GROUP groups[u] = make_group(g, g + u * kN, active, active < n);
       total = total + (is_integral() ? integral_groups(r, groups) : loss_groups(r, groups));
     }
@@ -508,7 +527,7 @@ class Distribution {
       for (int i = 0; i < n; i += kN) {
         V left, wl, wr;
         split_target(load(left_ + i), last, &left, &wl, &wr);
-        store(left_ + i, left);
+        store(left_ + i, select(left >= A(0), left, V{}));  // NaN: some bin
         store(wl_ + i, wl);
         store(wr_ + i, wr);
       }
@@ -613,6 +632,200 @@ class Distribution {
     return V{};
   }
 
+  // Rows without gaps, as one array
+  //
+  // Logits that are small enough need no shift by their row's maximum, p_k = exp(z_k) / sum, so the
+  // rows need not be turned into lanes either: exponentials go along the array, and what is left of
+  // a row is its sum and a look at two of its elements. The loss is -wl log p_l - wr log p_r, as
+  // exact as with the shift. Not with AVX-512, where by count of instructions it would gain
+  // nothing: turning packed rows takes two operations less there.
+
+  static constexpr bool kFlat = kVectorBytes < 64;
+  static constexpr int kFlatRows = 64;
+  static constexpr int kFlatBins = 64;
+  static constexpr A kSmall = 40;  // kFlatBins exp(2 kSmall) is a float
+
+  // e_ = exp of n rows, if all are small enough.
+  bool exponentials(int64_t r, int n) {
+    const S* const z = logits(r);
+    const int64_t elements = n * bins_;
+    const S* const g = p_.grad.data ? grads(r) : z;
+    V square{};
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < elements; i += kN) {
+      const V x = load(z + i);
+      __builtin_prefetch(reinterpret_cast<const char*>(z + i) + kAhead, 0);
+      __builtin_prefetch(reinterpret_cast<const char*>(g + i) + kAhead, 1);
+      square = maximum(x * x, square);
+      store(e_ + i, exponential<true>(x));
+    }
+    for (int i = 0; i < kN; ++i) {
+      if (square[i] > kSmall * kSmall) return false;
+    }
+    return true;
+  }
+
+  // K is the number of bins, or 0: any.
+  template <int K>
+  int64_t bins() const {
+    return K ? K : bins_;
+  }
+
+  // Lane i: the sum over row i of f(i, k), kN elements from bin k on.
+  template <int K, typename F>
+  __attribute__((always_inline)) V flat_sums(const F& f) const {
+    V part[kN];
+#pragma GCC unroll 16
+    for (int i = 0; i < kN; ++i) {
+      part[i] = f(i, 0);
+      int64_t k = kN;
+#pragma GCC unroll 16
+      for (; k + kN <= bins<K>(); k += kN) part[i] = part[i] + f(i, k);
+      if (k < bins<K>()) {
+        part[i] = part[i] + first_lanes(f(i, k), static_cast<int>(bins<K>() - k));
+      }
+    }
+    return sum_each(part);
+  }
+
+  template <int K>
+  V flat_loss(int64_t r, int first, int n) {
+    A left_e[kFlatRows], right_e[kFlatRows];
+    int at[kFlatRows];
+    for (int i = first; i < first + n; i += kN) {
+      // The last bin as the right one of two, so that both are in the row.
+      const A last = static_cast<A>(bins<K>() - 1);
+      const V left = load(left_ + i), wl = load(wl_ + i);
+      const auto at_last = left >= last;
+      store(left_ + i, select(at_last, broadcast<V>(last - 1), left));
+      store(wl_ + i, select(at_last, V{}, wl));
+      store(wr_ + i, select(at_last, wl, load(wr_ + i)));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) {
+      at[i] = static_cast<int>(i * bins<K>()) + static_cast<int>(left_[first + i]);
+      left_e[i] = e_[at[i]];
+      right_e[i] = e_[at[i] + 1];
+    }
+    const A scale = static_cast<A>(p_.scale);
+    V total{};
+    for (int g = 0; g < n; g += kN) {
+      const A* const e = e_ + g * bins<K>();
+      const V sum = flat_sums<K>([&](int i, int64_t k) __attribute__((always_inline)) {
+        return load(e + i * bins<K>() + k);
+      });
+      const V wl = load(wl_ + first + g), wr = load(wr_ + first + g), w = load(weight_ + first + g);
+      const V inverse = reciprocal(sum);
+      const V loss = w * distribution_loss(V{}, wl, wr, logarithm(load(left_e + g) * inverse),
+                                           logarithm(load(right_e + g) * inverse));
+      if (p_.loss.data) write_lanes(r + first + g, loss * scale);
+      total = total + loss;
+      if (p_.grad.data) {
+        const V factor = w * scale;
+        store(left_e + g, wl * factor);
+        store(right_e + g, wr * factor);
+        store(total_ + g, (wl + wr) * (inverse * factor));
+      }
+    }
+    if (p_.grad.data) {
+      flat_grads<K>(
+          r + first, n,
+          [&](int i) __attribute__((always_inline)) {
+            return [f = broadcast<V>(total_[i])](V e, int64_t)
+                       __attribute__((always_inline)) { return e * f; };
+          },
+          [&](A* g) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+            for (int i = 0; i < n; ++i) {
+              g[at[i]] -= left_e[i];
+              g[at[i] + 1] -= right_e[i];
+            }
+          });
+    }
+    return total;
+  }
+
+  template <int K>
+  V flat_integral(int64_t r, int first, int n) {
+    A factor[kFlatRows];
+    for (int g = 0; g < n; g += kN) {
+      const A* const e = e_ + g * bins<K>();
+      const V inverse =
+          reciprocal(flat_sums<K>([&](int i, int64_t k) __attribute__((always_inline)) {
+            return load(e + i * bins<K>() + k);
+          }));
+      const V expectation =
+          inverse * flat_sums<K>([&](int i, int64_t k) __attribute__((always_inline)) {
+            return load(e + i * bins<K>() + k) * load(y_ + k);
+          });
+      if (p_.loss.data) write_lanes(r + first + g, expectation);
+      store(total_ + g, expectation);
+      store(factor + g, inverse * load(weight_ + first + g));
+    }
+    if (p_.grad.data) {
+      flat_grads<K>(
+          r + first, n,
+          [&](int i) __attribute__((always_inline)) {
+            return [this, f = broadcast<V>(factor[i]), expectation = broadcast<V>(total_[i])](
+                       V e, int64_t k) __attribute__((always_inline)) {
+              return expectation_grad(e * f, load(y_ + k), expectation);
+            };
+          },
+          [](A*) {});
+    }
+    return V{};
+  }
+
+  // grad = row(i)(exponentials, bin), kN bins at a time: the last ones of a row spill into the
+  // next, which comes after.
+  template <int K, typename Row, typename Patch>
+  __attribute__((always_inline)) void flat_grads(int64_t r, int n, const Row& row,
+                                                 const Patch& patch) {
+    constexpr bool direct = sizeof(S) == sizeof(A);
+    const int64_t whole = bins<K>() / kN * kN;
+    S* const out = grads(r);
+    A* const g = direct ? reinterpret_cast<A*>(out) : g_;
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) {
+      const auto f = row(i);
+      A* const to = g + i * bins<K>();
+      const A* const from = e_ + i * bins<K>();
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < whole; k += kN) store(to + k, f(load(from + k), k));
+      if (whole < bins<K>()) {
+        const V v = f(load(from + whole), whole);
+        if (direct && i == n - 1) {
+          store_first(to + whole, v, static_cast<int>(bins<K>() - whole));
+        } else {
+          store(to + whole, v);
+        }
+      }
+    }
+    patch(g);
+    if constexpr (!direct) {
+      for (int64_t i = 0; i < n * bins<K>(); i += kN) store(out + i, load(g_ + i));
+    }
+  }
+
+  template <int K>
+  V flat(int64_t r, int first, int n) {
+    return is_integral() ? flat_integral<K>(r, first, n) : flat_loss<K>(r, first, n);
+  }
+  V flat(int64_t r, int first, int n) {
+    switch (bins_) {
+      case 8:
+        return flat<8>(r, first, n);
+      case 16:
+        return flat<16>(r, first, n);
+      case 17:
+        return flat<17>(r, first, n);
+      case 33:
+        return flat<33>(r, first, n);
+      default:
+        return flat<0>(r, first, n);
+    }
+  }
+
   // f(k, k % kWays): sums and maxima go to kWays accumulators, or each would wait for the one
   // before.
   template <typename F>
@@ -646,7 +859,7 @@ class Distribution {
         const S* const first = base + groups[u].first * step;
         if (step == 1) {
           for (int64_t k = 0; k < bins_; ++k) z_[k][u] = load(first + k * p_.pred.column);
-        } else if (packed(p_.pred)) {
+        } else if (turnable(p_.pred)) {
           bins_ == 17 ? load_packed<17>(u, first) : load_packed<33>(u, first);
         } else {
           load_rows(u, [&](int i) __attribute__((always_inline)) { return first + i * step; });
@@ -675,7 +888,7 @@ class Distribution {
         S* const first = base + groups[u].first * step;
         if (step == 1) {
           for (int64_t k = 0; k < bins_; ++k) store(first + k * p_.grad.column, z_[k][u]);
-        } else if (packed(p_.grad)) {
+        } else if (turnable(p_.grad)) {
           bins_ == 17 ? store_packed<17>(u, first) : store_packed<33>(u, first);
         } else {
           store_rows(u, kN, [&](int i) __attribute__((always_inline)) { return first + i * step; });
@@ -692,8 +905,9 @@ class Distribution {
   // and 32: with AVX-512, for it keeps K registers and needs shuffles of any two. Without them it
   // was slower than squares.
   static constexpr bool kPacked = kVectorBytes == 64;
-  bool packed(const Operand& o) const {
-    return kPacked && (bins_ == 17 || bins_ == 33) && o.row[inner_] == bins_ && o.column == 1;
+  bool packed(const Operand& o) const { return o.row[inner_] == bins_ && o.column == 1; }
+  bool turnable(const Operand& o) const {
+    return kPacked && (bins_ == 17 || bins_ == 33) && packed(o);
   }
   template <int K>
   __attribute__((noinline)) void load_packed(int u, const S* rows) {
@@ -805,12 +1019,16 @@ class Distribution {
   // A value per row of the groups, out to memory or in from an array of the block.
   void write_values(int64_t r, const Group* groups, const Vs& values) {
     GFL_EACH_GROUP {
-      if (groups[u].together && p_.loss.row[inner_] == 1) {
-        store(losses(r + groups[u].first), values[u]);
+      if (groups[u].together) {
+        write_lanes(r + groups[u].first, values[u]);
         continue;
       }
       for (int i = 0; i < groups[u].lanes; ++i) write_out(r + groups[u].row(i), values[u][i]);
     }
+  }
+  void write_lanes(int64_t row, V values) {
+    if (p_.loss.row[inner_] == 1) return store(losses(row), values);
+    for (int i = 0; i < kN; ++i) write_out(row + i, values[i]);
   }
   static Vs gather(const A* values, const Group* groups) {
     Vs v;
@@ -830,6 +1048,10 @@ class Distribution {
   const DistributionProblem& p_;
   const int inner_;
   const int64_t bins_;
+  bool flat_;
+  // Exponentials, gradients and the bins' values, with a vector's room behind.
+  A *e_, *g_, *y_;
+  A total_[kFlatRows];
   Vs* z_;  // [bins] one lane per row: logits, then exponentials, then gradients
   A weight_[kRows], left_[kRows], wl_[kRows], wr_[kRows];
   int64_t index_[kRows + 1];

@@ -460,6 +460,40 @@ GFL_INLINE void transpose(V* rows) {
   }
 }
 
+// Lane i: the sum of the lanes of rows[i]. The steps of a transposition, each followed by an
+// addition.
+template <typename V>
+GFL_INLINE V sum_each(V* rows) {
+  constexpr int lanes = sizeof(V) / sizeof(scalar_t<V>),
+                n = 16 / static_cast<int>(sizeof(scalar_t<V>));
+  const auto pair = [](V& a, V& b) __attribute__((always_inline)) { a = a + b; };
+#pragma GCC unroll 16
+  for (int g = 0; g < lanes; g += n) {
+#pragma GCC unroll 2
+    for (int i = 0; i < n; i += 2) {
+      interleave<1>(rows[g + i], rows[g + i + 1]);
+      pair(rows[g + i], rows[g + i + 1]);
+    }
+    if constexpr (n == 4) {
+      interleave<2>(rows[g], rows[g + 2]);
+      pair(rows[g], rows[g + 2]);
+    }
+  }
+  // rows[g] holds, in each block, a part of the sums of the rows g, g + 1, ...
+  if constexpr (lanes / n >= 2) {
+#pragma GCC unroll 2
+    for (int g = 0; g < lanes; g += 2 * n) {
+      join_halves(rows[g], rows[g + n]);
+      pair(rows[g], rows[g + n]);
+    }
+  }
+  if constexpr (lanes / n == 4) {
+    part_blocks(rows[0], rows[2 * n]);
+    pair(rows[0], rows[2 * n]);
+  }
+  return rows[0];
+}
+
 // Transposition of packed rows, of K = m N + 1 bins for N lanes
 //
 // N rows without gaps are K whole vectors. Bin k of row i, the element i K + k = m N i + (i + k),
