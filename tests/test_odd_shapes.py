@@ -103,6 +103,26 @@ def test_quality_heights(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0.02, 0.3])
+def test_labels_in_a_tile(backend, dtype, share):
+    """Background formulas serve all elements but those around a label, in rows and in planes: none,
+    few, neighbours, and the first and last element of a tile.
+    """
+    for rows, classes in ((70, 3),) if INTERPRETED else ((1, 80), (50, 80), (2100, 3), (70, 257)):
+        label, score = sparse_target((rows,), classes, seed=rows)
+        chosen = torch.rand(rows, generator=torch.Generator().manual_seed(classes)) < share
+        label = torch.where(chosen, label.clamp(0, classes - 1), -1)
+        label[0], label[-1] = 0, classes - 1
+        for pred in (
+            logits(rows, classes, dtype=dtype, seed=rows),
+            logits(classes, rows, dtype=dtype, seed=rows).T,
+        ):
+            poison_for(pred)
+            check_op("quality", pred, (label, score), reduction="none", what="labels")
+            check_op("quality", pred, (label, score), weight=row_weight((rows,)), what="labels")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_distribution_widths_and_heights(backend, dtype):
     widths = [width for width in WIDTHS if width >= 2]
     thinned = dict(combinations(widths, (1, 2, 3, 15, 16, 17))) if INTERPRETED else {}
@@ -119,6 +139,33 @@ def test_distribution_widths_and_heights(backend, dtype):
             poison_for(pred)
             check_op("integral", pred, scale=bins, what="odd")
             check_op("integral", pred, bins=torch.linspace(-3, 5, bins), scale=5, what="odd")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_distribution_of_moderate_logits(backend, dtype):
+    """Which may be treated as one array without a shift by the row's maximum: up to the largest of
+    them, with a larger one among them, and with targets in the last bin.
+    """
+    sizes = (
+        ((17, 66), (9, 21)) if INTERPRETED else combinations((8, 9, 16, 17, 33, 64), (8, 66, 260))
+    )
+    for bins, rows in sizes:
+        moderate = logits(rows, bins, dtype=dtype, seed=bins, extremes=False)
+        large = (moderate * 6).clamp(-40, 40)
+        outlier = large.clone()
+        outlier[rows // 2, bins // 2] = 60
+        position, (left, *sides) = bin_target((rows,), bins), explicit_target((rows,), bins)
+        position[-2:] = bins - 1
+        left[-2:] = bins - 1
+        weight = row_weight((rows,), seed=bins).clamp(min=0.25)
+        for pred in (moderate, large, outlier):
+            for target in (position, (left, *sides)):
+                poison_for(pred)
+                check_op("distribution", pred, target, weight=weight, reduction="none", what="odd")
+                poison_for(pred)
+                check_op("distribution", pred, target, avg_factor=3, what="odd")
+            poison_for(pred)
+            check_op("integral", pred, scale=bins, what="odd")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

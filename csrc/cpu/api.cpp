@@ -73,15 +73,24 @@ double scale_of(double scale, const gfl_view* avg_factor) {
   fail("avg_factor has an unknown dtype");
 }
 
+// Rows of a block: blocks of about the same size, at most `most` rows, that end where vectors and
+// the kernels' groups of rows do.
+int64_t rows_of_block(int64_t length, int64_t most) {
+  constexpr int64_t unit = 64;
+  if (most < unit || length == 0) return most;
+  const int64_t blocks = (length + most - 1) / most, rows = (length + blocks - 1) / blocks;
+  return (rows + unit - 1) / unit * unit;
+}
+
 // Runs kernel over all rows, block by block, and adds the blocks' sums in their order.
 template <typename P, typename... Operands>
 double run_blocks(double (*kernel)(const P&, int64_t, int64_t, void*), const P& problem,
-                  int64_t columns, Operands P::*... operands) {
+                  int64_t columns, int64_t block, Operands P::*... operands) {
   const int inner = problem.ndim - 1;
   const int64_t length = problem.size[inner];
   int64_t outer = 1;
   for (int d = 0; d < inner; ++d) outer *= problem.size[d];
-  const int64_t step = std::max<int64_t>(1, kBlock / columns);
+  const int64_t step = rows_of_block(length, std::max<int64_t>(1, block));
   const int64_t per_run = (length + step - 1) / step, blocks = outer * per_run;
   if (blocks == 0) return 0;
 
@@ -147,8 +156,9 @@ const KernelTable& table() {
 
 double run_quality(const QualityProblem& q) {
   using Q = QualityProblem;
-  return run_blocks(table().quality, q, q.classes, &Q::pred, &Q::target, &Q::score, &Q::weight,
-                    &Q::grad_loss, &Q::loss, &Q::grad);
+  const int64_t block = in_planes(q) ? kPlaneRows : kBlock / q.classes;
+  return run_blocks(table().quality, q, q.classes, block, &Q::pred, &Q::target, &Q::score,
+                    &Q::weight, &Q::grad_loss, &Q::loss, &Q::grad);
 }
 
 }  // namespace gfl
@@ -169,9 +179,9 @@ extern "C" int gfl_distribution_cpu(const gfl_distribution_args* args) {
     DistributionProblem d = describe("gfl_distribution_cpu", *args);
     d.scale = scale_of(args->scale, args->avg_factor);
     using D = DistributionProblem;
-    const double sum =
-        run_blocks(table().distribution, d, d.bins, &D::pred, &D::target, &D::weight_left,
-                   &D::weight_right, &D::weight, &D::grad_loss, &D::loss, &D::grad);
+    const double sum = run_blocks(table().distribution, d, d.bins, kBlock / d.bins, &D::pred,
+                                  &D::target, &D::weight_left, &D::weight_right, &D::weight,
+                                  &D::grad_loss, &D::loss, &D::grad);
     if (args->loss && args->loss->ndim == 0) write_scalar(args->loss, sum * d.scale);
   });
 }
@@ -196,7 +206,8 @@ extern "C" int gfl_integral_cpu(const gfl_integral_args* args) {
     d.values.data =
         wide ? reinterpret_cast<char*>(values.data()) : reinterpret_cast<char*>(floats.data());
     using D = DistributionProblem;
-    run_blocks(table().distribution, d, d.bins, &D::pred, &D::grad_loss, &D::loss, &D::grad);
+    run_blocks(table().distribution, d, d.bins, kBlock / d.bins, &D::pred, &D::grad_loss, &D::loss,
+               &D::grad);
   });
 }
 

@@ -137,14 +137,15 @@ class Quality {
     row_score_ = scratch.take<A>(n);
     row_loss_ = scratch.take<A>(n);
     label_ = scratch.take<int64_t>(n);
+    positive_ = scratch.take<int64_t>(n);
+    hits_ = scratch.take<int64_t>(n);
     square_ = p_.beta == 2 && p_.form == GFL_LOGITS;
   }
 
   double run(int64_t begin, int64_t count) {
     const int64_t classes = p_.classes;
-    const bool planes = p_.pred.row[inner_] == 1 && !(p_.pred.column == 1 && classes > 1) &&
-                        (!p_.grad.data || p_.grad.row[inner_] == 1);
-    const int64_t step = planes ? kTile / 2 : rows_of_tile();
+    const bool planes = in_planes(p_);
+    const int64_t step = planes ? kPlaneRows : rows_of_tile();
     double total = 0;
     for (int64_t r = begin; r < begin + count; r += step) {
       const int64_t rows = smaller(step, begin + count - r);
@@ -239,16 +240,18 @@ class Quality {
     }
 
     const A* q = q_;
-    bool background = false;
+    int64_t hits = 0;
     if (p_.score.data) {
       load_labels(p_.target, at(p_.target, r), p_.target.row[inner_], rows, classes, label_);
-      background = square_;
-      for (int64_t i = 0; i < rows; ++i) background &= label_[i] < 0;
-      if (!background) {
+      for (int64_t i = 0; i < rows; ++i) hits += label_[i] >= 0;
+      if (hits > 0 || !square_) {
         load_run(p_.score, at(p_.score, r), p_.score.row[inner_], rows, row_score_);
         memset(q_, 0, n * sizeof(A));
+        hits = 0;
         for (int64_t i = 0; i < rows; ++i) {
-          if (label_[i] >= 0) q_[i * classes + label_[i]] = row_score_[i];
+          if (label_[i] < 0) continue;
+          hits_[hits] = i * classes + label_[i];
+          q_[hits_[hits++]] = row_score_[i];
         }
       }
     } else if (p_.target.dtype == kDtype<A> && packed(p_.target)) {
@@ -280,7 +283,7 @@ class Quality {
     S* const out = reinterpret_cast<S*>(p_.grad.data);
     const bool in_place = out && packed(p_.grad);
     S* const grad = !out ? nullptr : in_place ? out + at(p_.grad, r) : grad_;
-    const double sum = tile(background, x, q, w, grad, p_.loss.data ? losses_ : nullptr, n, factor);
+    const double sum = tile(hits, x, q, w, grad, p_.loss.data ? losses_ : nullptr, n, factor);
     if (out && !in_place) {
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t c = 0; c < classes; ++c) {
@@ -299,13 +302,14 @@ class Quality {
   // A run of neighbouring anchors, one class plane after the other: [B, C, H, W].
   double tile_of_planes(int64_t r, int64_t rows) {
     const int64_t classes = p_.classes;
-    int64_t positives = 0;
-    int64_t* const positive = label_ + rows;  // step is half a tile
+    int64_t positives = 0;  // label_ and positive_
     if (p_.score.data) {
       load_labels(p_.target, at(p_.target, r), p_.target.row[inner_], rows, classes, label_);
       load_run(p_.score, at(p_.score, r), p_.score.row[inner_], rows, row_score_);
       for (int64_t i = 0; i < rows; ++i) {
-        if (label_[i] >= 0) positive[positives++] = i;
+        if (label_[i] < 0) continue;
+        label_[positives] = label_[i];
+        positive_[positives++] = i;
       }
       memset(q_, 0, rows * sizeof(A));
     }
@@ -316,14 +320,12 @@ class Quality {
     double total = 0;
     for (int64_t c = 0; c < classes; ++c) {
       const A* q = q_;
-      bool background = false;
+      int64_t hits = 0;
       if (p_.score.data) {
-        background = square_;
         for (int64_t i = 0; i < positives; ++i) {
-          if (label_[positive[i]] == c) {
-            q_[positive[i]] = row_score_[positive[i]];
-            background = false;
-          }
+          if (label_[i] != c) continue;
+          hits_[hits] = positive_[i];
+          q_[hits_[hits++]] = row_score_[positive_[i]];
         }
       } else if (p_.target.dtype == kDtype<A> && p_.target.row[inner_] == 1) {
         q = reinterpret_cast<const A*>(p_.target.data) + at(p_.target, r) + c * p_.target.column;
@@ -342,12 +344,12 @@ class Quality {
           reinterpret_cast<const S*>(p_.pred.data) + at(p_.pred, r) + c * p_.pred.column;
       S* const out = reinterpret_cast<S*>(p_.grad.data);
       S* const grad = out ? out + at(p_.grad, r) + c * p_.grad.column : nullptr;
-      total += tile(background, x, q, w, grad, p_.loss.data ? losses_ : nullptr, rows, factor);
+      total += tile(hits, x, q, w, grad, p_.loss.data ? losses_ : nullptr, rows, factor);
       if (p_.loss.data) {
         for (int64_t i = 0; i < rows; ++i) row_loss_[i] += losses_[i];
       }
       if (p_.score.data) {
-        for (int64_t i = 0; i < positives; ++i) q_[positive[i]] = 0;
+        for (int64_t h = 0; h < hits; ++h) q_[hits_[h]] = 0;
       }
     }
     for (int64_t i = 0; i < rows && p_.loss.data; ++i)
@@ -362,9 +364,36 @@ class Quality {
     }
   }
 
-  double tile(bool background, const S* x, const A* q, const A* w, S* grad, A* losses, int64_t n,
+  // Of a sparse problem the elements hits_[0, hits), ascending, have targets, which are in q_; all
+  // others are background, for which q_ holds 0 if there is a hit.
+  double tile(int64_t hits, const S* x, const A* q, const A* w, S* grad, A* losses, int64_t n,
               A factor) {
-    if (background) return tile(Background{}, x, q, w, grad, losses, n, factor);
+    // Only the vectors that run abreast with a hit need the formula with a target.
+    constexpr int64_t group = kQualityWays * kLanes<A>;
+    if (!p_.score.data || !square_ || hits * group > n) {
+      return tile_of_targets(x, q, w, grad, losses, n, factor);
+    }
+    double sum = 0;
+    int64_t done = 0;
+    const auto part = [&](const auto& formula, int64_t end) {
+      const auto from = [&](auto* values) { return values ? values + done : values; };
+      if (done < end) {
+        sum +=
+            tile(formula, from(x), from(q), from(w), from(grad), from(losses), end - done, factor);
+      }
+      done = end;
+    };
+    for (int64_t h = 0; h < hits; ++h) {
+      if (hits_[h] < done) continue;
+      part(Background{}, hits_[h] / group * group);
+      part(Square{}, smaller(done + group, n));
+    }
+    part(Background{}, n);
+    return sum;
+  }
+
+  double tile_of_targets(const S* x, const A* q, const A* w, S* grad, A* losses, int64_t n,
+                         A factor) {
     if (square_) return tile(Square{}, x, q, w, grad, losses, n, factor);
     switch (p_.form) {
       case GFL_PROBABILITIES:
@@ -403,7 +432,7 @@ class Quality {
   bool square_, uniform_ = true, some_zero_ = false;
   S *x_, *grad_;
   A *q_, *w_, *losses_, *row_weight_, *row_score_, *row_loss_;
-  int64_t* label_;
+  int64_t *label_, *positive_, *hits_;
 };
 
 double quality(const QualityProblem& problem, int64_t begin, int64_t count, void* scratch) {
