@@ -130,10 +130,11 @@ GFL_HD T logarithm(T v) {
   }
 }
 
-// log(v).  Valid: v in [0, 1/2], NaN; 0 gives a number below -100.  Max relative error: 1.1e-7
-// (float), 3.3e-16 (double).  A denormal, sigmoid(-95) in float32, has a logarithm too.
-template <typename T>
-GFL_HD T logarithm_to_half(T v) {
+// log(v).  Valid: v in [0, 1), NaN; 0 gives a number below -100.  Max relative error: 1.1e-7
+// (float), 3.3e-16 (double).  A denormal, sigmoid(-95) in float32, has a logarithm too.  kNormal:
+// there is none; a machine may have a cheaper form then.
+template <bool kNormal = false, typename T>
+GFL_HD T logarithm_below_one(T v) {
   using S = scalar_t<T>;
   const auto tiny = v < smallest<S>();
   return logarithm(select(tiny, v * S(0x1p64), v)) -
@@ -141,8 +142,9 @@ GFL_HD T logarithm_to_half(T v) {
 }
 
 // log(1 - p).  Valid: p in [0, 1), NaN.  Max relative error: 1.5e-7 (float), 3.6e-16 (double).  The
-// correction restores what 1 - p rounds away for small p.
-template <typename T>
+// correction restores what 1 - p rounds away for small p.  kHalf: p was a half float; a machine may
+// have a cheaper form for p <= 1/8.
+template <bool kHalf = false, typename T>
 GFL_HD T log1m(T p) {
   using S = scalar_t<T>;
   const T u = S(1) - p;
@@ -299,22 +301,32 @@ GFL_HD LossGrad<T> quality_loss_grad(T x, T q, scalar_t<T> beta) {
 
 // Quality Focal Loss on probabilities:  L = |d|^beta B, d = p - q, B = -q log p - (1 - q) log(1 -
 // p) with logs clamped at -100;  dL/dp = |d|^beta d / max(p (1 - p), 1e-12) + beta |d|^(beta - 1)
-// sign(d) B: F.binary_cross_entropy's rules.  kBackground: q is 0.
-template <bool kBackground = false, typename T>
+// sign(d) B: F.binary_cross_entropy's rules.  kBackground: q is 0.  kHalf: p was a half float.
+template <bool kBackground = false, bool kHalf = false, typename T>
 GFL_HD LossGrad<T> quality_probability_loss_grad(T p, T q, scalar_t<T> beta) {
   using S = scalar_t<T>;
   const T zeros = broadcast<T>(S(0)), ones = broadcast<T>(S(1)), floor = broadcast<T>(S(-100));
-  const T d = kBackground ? p : p - q;
-  // m is the smaller of p and 1 - p. Its logarithm is far from 0, the other's is log(1 - m).
-  const auto upper = p >= S(0.5);
-  T m = select(upper, S(1) - p, p);
-  const auto beyond = m < S(0);
-  m = select(beyond, zeros, m);
-  const T near = log1m(m);
-  T far = logarithm_to_half(m);
-  far = select(far < floor, floor, far);
-  T b = -select(upper, far, near);
-  if (!kBackground) b = (S(1) - q) * b - q * select(upper, near, far);
+  const T u = S(1) - p;
+  T d, b, reach;
+  auto beyond = u < S(0);
+  if (kBackground) {
+    // B = -log(1 - p) alone. A NaN comes back with |d|^beta.
+    d = p;
+    reach = maximum(p, zeros);
+    const T far = maximum(logarithm_below_one<true>(maximum(u, zeros)), floor);
+    b = -select(p >= S(kHalf ? 0.125 : 0.5), far, log1m<kHalf>(reach));
+  } else {
+    // m is the smaller of p and 1 - p. Its logarithm is far from 0, the other's is log(1 - m).
+    d = reach = p - q;
+    const auto upper = p >= S(0.5);
+    T m = select(upper, u, p);
+    beyond = m < S(0);
+    m = select(beyond, zeros, m);
+    const T near = log1m(m);
+    T far = logarithm_below_one(m);
+    far = select(far < floor, floor, far);
+    b = (q - S(1)) * select(upper, far, near) - q * select(upper, near, far);
+  }
   T power, slope;  // |d|^beta and beta |d|^(beta - 1) sign(d)
   if (beta == S(2)) {
     power = d * d;
@@ -327,11 +339,10 @@ GFL_HD LossGrad<T> quality_probability_loss_grad(T p, T q, scalar_t<T> beta) {
     slope = beta * (power / safe);
     slope = select(zero, zeros, select(d > S(0), slope, -slope));
   }
-  const T least = broadcast<T>(S(1e-12f));  // the float that PyTorch has in every dtype
-  T spread = m - m * m;
-  spread = select(spread < least, least, spread);
+  // The float that PyTorch has in every dtype.
+  const T spread = maximum(p * u, broadcast<T>(S(1e-12f)));
   // A p beyond [0, 1] stands still in B: only |d|^beta still depends on it.
-  const T bce_slope = select(beyond, zeros, d * reciprocal(spread));
+  const T bce_slope = select(beyond, zeros, reach * reciprocal(spread));
   return {power * b, power * bce_slope + slope * b};
 }
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import (
     FLOATS,
+    HALF,
     bin_target,
     check_op,
     dense_target,
@@ -57,6 +58,44 @@ def test_quality_probabilities(compiled, beta):
         scale=100.0,
         grad_scale=1e12,
     )
+
+
+PROBABILITIES = (0.0, 1.0, 0.5, 1e-38, 1e-40, 1 - 2.0**-24, -0.25, 1.5)  # the last two: clamped
+
+
+def probabilities(*shape, dtype=torch.float32):
+    p = logits(*shape, dtype=torch.float64).sigmoid().to(dtype)
+    some = torch.arange(p.numel()) % 5 == 0
+    p[some.view(shape)] = torch.tensor(PROBABILITIES, dtype=dtype).repeat(p.numel())[: some.sum()]
+    return p
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quality_probabilities_of_many_classes(compiled, dtype):
+    """So many that nearly all elements are computed as background; some are beyond [0, 1]."""
+    p = probabilities(70, 81, dtype=dtype)
+    p[40, 7] = float("nan")
+    options = {"activated": True, "scale": 100.0, "grad_scale": 1e12}
+    check_op("quality", p, sparse_target((70,), 81), reduction="none", **options)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quality_rows_that_begin_anywhere(compiled, dtype):
+    """In a vector, the last one ending where memory does. NaN and infinity at the ends of a row do
+    not reach its neighbours; rows of weight 0 are not read."""
+    layouts = ("contiguous", "width_cropped", "misaligned")
+    for layout in layouts if dtype in HALF[:1] else layouts[:1]:
+        laid = lay_out(layout, logits(2, 5, 7, 81, dtype=dtype))
+        rows = laid.pred.view(-1, 81) if layout != "width_cropped" else laid.pred[0, 0]
+        label, score = sparse_target(laid.row_shape, 81)
+        label.view(-1)[1:5] = torch.tensor([80, 0, -1, 81])
+        rows[2, -1] = rows[4, 0] = float("nan")
+        rows[5, -1] = rows[6, 0] = float("inf")
+        check_op("quality", laid.pred, (label, score), reduction="none", what=layout)
+        weight = row_weight(laid.row_shape)
+        weight.view(-1)[:7] = torch.tensor([1.0, 1, 0, 1, 0, 0, 0])
+        laid.pred[weight == 0] = float("nan")
+        check_op("quality", laid.pred, (label, score), weight=weight, avg_factor=9.0, what=layout)
 
 
 def test_quality_float64(compiled):

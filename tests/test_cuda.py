@@ -12,6 +12,7 @@ import pytest
 import torch
 from compiled_cases import (  # noqa: F401
     PYRAMID,
+    probabilities,
     test_distribution,
     test_distribution_bins,
     test_distribution_explicit_weights_and_layouts,
@@ -26,6 +27,8 @@ from compiled_cases import (  # noqa: F401
     test_quality_layouts,
     test_quality_odd_classes,
     test_quality_probabilities,
+    test_quality_probabilities_of_many_classes,
+    test_quality_rows_that_begin_anywhere,
     test_quality_sparse,
 )
 from support import (
@@ -95,16 +98,6 @@ def test_quality_dense(compiled, dtype, target_dtype):
     check_op("quality", x, target, weight=row_weight((70,)), reduction="none")
     misaligned = lay_out("misaligned", logits(1, 1, 70, 24, dtype=dtype)).pred
     check_op("quality", misaligned, target, avg_factor=3.0)
-
-
-PROBABILITIES = (0.0, 1.0, 0.5, 1e-38, 1e-40, 1 - 2.0**-24, -0.25, 1.5)  # the last two: clamped
-
-
-def probabilities(*shape, dtype=torch.float32):
-    p = logits(*shape, dtype=torch.float64).sigmoid().to(dtype)
-    some = torch.arange(p.numel()) % 5 == 0
-    p[some.view(shape)] = torch.tensor(PROBABILITIES, dtype=dtype).repeat(p.numel())[: some.sum()]
-    return p
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

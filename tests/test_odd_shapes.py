@@ -242,6 +242,16 @@ def test_every_alignment(backend, dtype):
         )
 
 
+def test_nan_and_infinity_stay_in_their_row(backend):
+    """At its ends, beside rows that begin anywhere in a vector."""
+    for dtype, classes in combinations(DTYPES, (17, 81)):
+        pred = logits(7, classes, dtype=dtype, seed=classes)
+        pred[1, -1] = pred[3, 0] = float("nan")
+        pred[4, -1] = pred[6, 0] = float("inf")
+        label = torch.tensor([classes - 1, 0, -1, classes, 0, classes - 1, classes - 1])
+        check_op("quality", pred, (label, torch.rand(7)), reduction="none", what="ends")
+
+
 def test_labels_far_outside(backend):
     """A label is an index: the ends of every integer type must not be one."""
     for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):

@@ -24,6 +24,8 @@ from compiled_cases import (  # noqa: F401
     test_quality_layouts,
     test_quality_odd_classes,
     test_quality_probabilities,
+    test_quality_probabilities_of_many_classes,
+    test_quality_rows_that_begin_anywhere,
     test_quality_sparse,
 )
 from support import INTERPRETED, bin_target, logits, sparse_target
@@ -89,6 +91,18 @@ def test_launches_and_memory():
         forward, backward = device.reports
         assert forward.traffic("pred").read_bytes == 40 * 17 * 4
         assert backward.traffic("grad").written_bytes == z.numel() * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_odd_rows_move_in_vectors_too(dtype):
+    """Of the loss alone all but the ends of rows, and nothing from DRAM twice."""
+    x = logits(1024, 365, extremes=False, dtype=dtype)
+    label, score = sparse_target((1024,), 365)
+    with simulated() as device:
+        QUALITY(x, (label, score), reduction="sum")
+    (report,) = device.reports
+    assert report.traffic("pred").wide_share(16) > 0.9
+    assert report.traffic("pred").read_unique <= x.nbytes + 32
 
 
 def test_head_launches_and_memory():
@@ -166,6 +180,9 @@ def test_one_compilation_for_every_number_of_rows():
             z = torch.zeros(n, 8, requires_grad=True)
             QUALITY(x, (torch.zeros(n, dtype=torch.int64), torch.zeros(n))).backward()
             DISTRIBUTION(z, torch.zeros(n)).backward()
+            # Rows that are no whole vectors; a single one has no stride.
+            y = torch.zeros(max(2, n), 81)
+            QUALITY(y, (torch.zeros(len(y), dtype=torch.int64), torch.zeros(len(y))))
             counts.append((compiled_kernels(quality_kernel), compiled_kernels(distribution_kernel)))
     assert len(set(counts)) == 1, list(zip(SIZES, counts, strict=True))
 

@@ -72,15 +72,15 @@ bool rows_aligned(const Operand& operand, const Steps& steps, int64_t vector) {
          steps.row[kInner - 2] % vector == 0;
 }
 
-// For the most threads to a row of n equal parts, a power of two up to 32, that leave at most a
-// tenth of themselves idle beyond what fewer threads would: its logarithm.
-int lane_bits_for(int64_t n, int most = 5) {
+// For the most threads to a row of n equal parts, a power of two up to 32, that leave at most one
+// in `one_in` of themselves idle beyond what fewer threads would: its logarithm.
+int lane_bits_for(int64_t n, int most = 5, int one_in = 10) {
   int64_t least = std::numeric_limits<int64_t>::max();
   int best = 0;
   for (int bits = 0; bits <= most; ++bits) {
     const int64_t padded = ceil_div(n, 1 << bits) << bits;
     least = std::min(least, padded);
-    if (padded * 10 <= least * 11) best = bits;
+    if (padded * one_in <= least * (one_in + 1)) best = bits;
   }
   return best;
 }
@@ -200,7 +200,7 @@ void plan_quality(const QualityProblem& q, bool sum, QualityShape* s, Launch* la
     s->wide = q.classes % vector == 0 && classes_aligned(q.pred, s->pred, vector) &&
               (!q.grad.data || classes_aligned(q.grad, s->grad, vector)) &&
               (!dense || classes_aligned(q.target, s->target, vector));
-    s->lane_bits = lane_bits_for(ceil_div(q.classes, vector));
+    s->lane_bits = lane_bits_for(ceil_div(q.classes, vector), 5, 20);
     set_grid(launch, ceil_div(s->rows.count, kQualityThreads >> s->lane_bits), kQualityThreads);
   }
 }

@@ -21,7 +21,7 @@ struct Formula {
   }
   // q is 0, as nearly everywhere in a sparse target: two thirds of the instructions.
   static GFL_MEMBER LossGrad<float> background(float x) {
-    return kProbabilities ? quality_probability_loss_grad<true>(x, 0.0f, 2.0f)
+    return kProbabilities ? quality_probability_loss_grad<true, kHalf>(x, 0.0f, 2.0f)
                           : quality_background_loss_grad<kHalf>(x);
   }
   template <int n>
@@ -228,8 +228,10 @@ GFL_DEVICE float quality_planes(const void* pred, const void* target, const void
     const RowIndex start = run_at(s.rows, run, first);
     const auto at = [&](int row) { return RowIndex{start.outer, start.middle, row}; };
     __syncthreads();  // what the tile before has left has been read
-    for (unsigned i = part * 32 + lane; i < kTile; i += 32 * parts) {
-      const int row = first + i, slot = s.wide ? i : i % 32 * V + i / 32;
+    int slot = s.wide ? part * 32 + lane : lane * V + part;
+    const int slots_ahead = s.wide ? 32 * parts : parts;
+    for (int i = part * 32 + lane; i < kTile; i += 32 * parts, slot += slots_ahead) {
+      const int row = first + i;
       float w = 0, row_factor = 0;
       int label = -1;
       if (row < length) {
@@ -244,7 +246,7 @@ GFL_DEVICE float quality_planes(const void* pred, const void* target, const void
           if (kSparse) label = class_of(target, s.target.dtype, here.offset(s.target), classes);
         }
       }
-      staged[slot] = row_factor;
+      if (kHasGrad) staged[slot] = row_factor;
       staged[kTile + slot] = w;
       staged_labels[slot] = label;
     }

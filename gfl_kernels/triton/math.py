@@ -79,13 +79,15 @@ def log1p_unit(e, HALF: tl.constexpr = False):
 
 
 @triton.jit
-def logarithm(v, FAST: tl.constexpr = False):
+def logarithm(v, FAST: tl.constexpr = False, NORMAL: tl.constexpr = False):
     """log(v). Valid: v > 0, NaN; 0 gives -inf. Error: 1.2e-7 (float32), 2.3e-16 (float64); 3.5e-7
-    for v <= 1/2 (float32, FAST: lg2.approx is good to 2^-22 absolute, near 1 that is not enough).
+    for v <= 1/2, 1.3e-6 for v <= 7/8 (float32, FAST: lg2.approx is good to 2^-22 absolute, near 1
+    that is not enough). NORMAL: no v is a denormal, which costs four instructions.
     """
     if FAST and v.dtype == tl.float32:
+        instruction: tl.constexpr = "lg2.approx.ftz.f32" if NORMAL else "lg2.approx.f32"
         log2_v = tl.inline_asm_elementwise(
-            "lg2.approx.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
+            instruction + " $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
         )
         return log2_v * 0.6931471805599453
     else:
@@ -93,11 +95,16 @@ def logarithm(v, FAST: tl.constexpr = False):
 
 
 @triton.jit
-def log1m(p, FAST: tl.constexpr):
-    """log(1 - p). Valid: p in [0, 1/2], NaN. Error: 1.5e-7, or 2.9e-7 if FAST (float32), 3.6e-16
-    (float64).
+def log1m(p, FAST: tl.constexpr, HALF: tl.constexpr = False):
+    """log(1 - p). Valid: p in [0, 1/2], NaN; p in [0, 1/8] if FAST and HALF. Error: 1.5e-7, or
+    2.9e-7 if FAST, 6.1e-7 if FAST and HALF (float32), 3.6e-16 (float64).
     """
-    if FAST and p.dtype == tl.float32:
+    if FAST and HALF and p.dtype == tl.float32:
+        y = p * 0.3083760738372803 + 0.3285427391529083
+        y = y * p + 0.5001226663589478
+        y = y * p + 0.9999995231628418
+        return -(y * p)
+    elif FAST and p.dtype == tl.float32:
         y = p * 1.184933066368103 - 1.081543207168579
         y = y * p + 0.7854332327842712
         y = y * p + 0.03801724687218666
@@ -244,7 +251,13 @@ def quality_loss_grad(x, q, beta, FAST: tl.constexpr):
 
 @triton.jit
 def quality_probability_loss_grad(
-    p, q, beta, SQUARE: tl.constexpr, BACKGROUND: tl.constexpr, FAST: tl.constexpr
+    p,
+    q,
+    beta,
+    SQUARE: tl.constexpr,
+    BACKGROUND: tl.constexpr,
+    FAST: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     """Quality Focal Loss on probabilities: L = |d|^beta B, d = p - q, B = -q log p -
     (1 - q) log(1 - p) with logs clamped at -100; dL/dp = |d|^beta d / max(p (1 - p), 1e-12) +
@@ -258,25 +271,32 @@ def quality_probability_loss_grad(
     else:
         smallest = 1.1754943508222875e-38
         scale, log_scale = 18446744073709551616.0, 44.3614195558364998  # 2^64
-    d = p
-    if not BACKGROUND:
-        d = p - q
-    # m is the smaller of p and 1 - p. Its logarithm is far from 0, the other's is log(1 - m).
     u = 1.0 - p
-    upper = p >= 0.5
-    m = tl.where(upper, u, p)
-    beyond = m < 0.0
-    m = tl.where(beyond, 0.0, m)
-    near = log1m(m, FAST)
-    if FAST:
-        far = logarithm(m, FAST)
-    else:  # a denormal, sigmoid(-95) in float32, has a logarithm too
-        tiny = m < smallest
-        far = logarithm(tl.where(tiny, m * scale, m)) - tl.where(tiny, log_scale, 0.0)
-    far = tl.where(far < -100.0, -100.0, far)
-    b = -tl.where(upper, far, near)
-    if not BACKGROUND:
-        b = (1.0 - q) * b - q * tl.where(upper, near, far)
+    if BACKGROUND:
+        # B = -log(1 - p), of u < 0 the logarithm is NaN, and maximum takes the other number. A NaN
+        # comes back with |d|^beta.
+        d = p
+        inside = tl.maximum(p, 0.0)
+        large: tl.constexpr = 0.125 if FAST and HALF else 0.5
+        far = tl.maximum(logarithm(u, FAST, NORMAL=True), -100.0)
+        b = -tl.where(p >= large, far, log1m(inside, FAST, HALF))
+        reach, beyond = inside, u < 0.0
+    else:
+        # m is the smaller of p and 1 - p. Its logarithm is far from 0, the other's is log(1 - m).
+        d = p - q
+        upper = p >= 0.5
+        m = tl.where(upper, u, p)
+        beyond = m < 0.0
+        m = tl.where(beyond, 0.0, m)
+        near = log1m(m, FAST)
+        if FAST:
+            far = logarithm(m, FAST)
+        else:  # a denormal, sigmoid(-95) in float32, has a logarithm too
+            tiny = m < smallest
+            far = logarithm(tl.where(tiny, m * scale, m)) - tl.where(tiny, log_scale, 0.0)
+        far = tl.where(far < -100.0, -100.0, far)
+        b = (q - 1.0) * tl.where(upper, far, near) - q * tl.where(upper, near, far)
+        reach = d
     if SQUARE:  # |d|^beta and beta |d|^(beta - 1) sign(d)
         power = d * d
         slope = d + d
@@ -287,11 +307,10 @@ def quality_probability_loss_grad(
         power = tl.where(zero, tl.where(beta == 0.0, 1.0, 0.0), pow_abs(logarithm(safe), beta))
         slope = beta * (power / safe)
         slope = tl.where(zero, 0.0, tl.where(d > 0.0, slope, -slope))
-    # The float that PyTorch has in every dtype. NaN stays NaN.
-    spread = m - m * m
-    spread = tl.where(spread < 9.999999960041972e-13, 9.999999960041972e-13, spread)
+    # The float that PyTorch has in every dtype.
+    spread = tl.maximum(p * u, 9.999999960041972e-13)
     # A p beyond [0, 1] stands still in B: only |d|^beta still depends on it.
-    bce_slope = tl.where(beyond, 0.0, d * reciprocal(spread, FAST))
+    bce_slope = tl.where(beyond, 0.0, reach * reciprocal(spread, FAST))
     return power * b, power * bce_slope + slope * b
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .launch import (
     ABSENT,
+    COLUMNS,
     INTERPRETED,
     INTERPRETED_ELEMENTS,
     MEAN,
@@ -32,6 +33,7 @@ from .launch import (
     lay_out,
     layout,
     load_elements,
+    matrix_offsets,
     on_device,
     outputs,
     packed,
@@ -57,6 +59,8 @@ PROBABILITIES_FORM, VARIFOCAL_FORM = tl.constexpr(PROBABILITIES), tl.constexpr(V
 # From so many classes on it pays to work out the label's element apart from the background, whose
 # formulas are shorter.
 APART_CLASSES = tl.constexpr(33)
+# From so many classes on it pays to read rows that begin anywhere in a vector in whole ones.
+SHIFTED_CLASSES = 65
 
 
 @triton.jit
@@ -87,13 +91,68 @@ def element_loss_grad(
     if FORM == VARIFOCAL_FORM:
         return varifocal_loss_grad(x, q, q > 0.0, alpha, beta, SQUARE, False, FAST, HALF)
     elif FORM == PROBABILITIES_FORM:
-        return quality_probability_loss_grad(x, q, beta, SQUARE, BACKGROUND, FAST)
+        return quality_probability_loss_grad(x, q, beta, SQUARE, BACKGROUND, FAST, HALF)
     elif not SQUARE:
         return quality_loss_grad(x, q, beta, FAST)
     elif BACKGROUND:
         return quality_background_loss_grad(x, FAST, HALF)
     else:
         return quality_square_loss_grad(x, q, FAST, HALF)
+
+
+@triton.jit
+def shifted_background_losses(
+    pred,  # (pointer, outer, middle, row and column stride), the pointer to a multiple of 16 bytes
+    label,  # [TILE_ROWS]
+    outer,
+    middle,
+    row,
+    read,
+    alpha,
+    beta,
+    C: tl.constexpr,
+    STEP: tl.constexpr,
+    UNROLL: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    FORM: tl.constexpr,
+    SQUARE: tl.constexpr,
+    UNIT: tl.constexpr,
+    OFF: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Losses [TILE_ROWS, STEP] of all elements but the labels', of rows that begin anywhere in a
+    vector: read from the multiple of STEP elements before the row's first, which may belong to
+    other rows and counts 0. The end of the last row may be the end of memory: what is left of whole
+    steps is read element by element.
+    """
+    tl.static_assert(C >= 2 * STEP)
+    begin = matrix_offsets(outer * pred[1] + middle * pred[2], row, 0, pred[3], 0, 1, UNIT)
+    columns = tl.arange(0, STEP)[None, :]
+    own = columns - (begin % STEP).to(tl.int32)[:, None]  # class of the first element
+    ahead = label[:, None] - own
+    at = pred[0] + ((begin // STEP * STEP)[:, None] + columns)
+    mask = element_mask(read, columns, STEP, STEP, CLAMPED)
+    x = load_elements(at, mask, OFF, ACC, FAST)
+    x = tl.where((own >= 0) & (ahead != 0), x, OFF)
+    total, _ = element_loss_grad(x, 0.0, alpha, beta, True, FORM, SQUARE, FAST, HALF)
+    for first_class in tl.range(STEP, C // STEP * STEP, STEP, loop_unroll_factor=UNROLL):
+        at += STEP
+        x = load_elements(at, mask, OFF, ACC, FAST)
+        x = tl.where(ahead == first_class, OFF, x)
+        element, _ = element_loss_grad(x, 0.0, alpha, beta, True, FORM, SQUARE, FAST, HALF)
+        total += element
+    for first_class in tl.static_range(C // STEP * STEP, C + STEP - 1, STEP):
+        at += STEP
+        mask = own < C - first_class
+        if not CLAMPED:
+            mask = mask & read[:, None]
+        x = load_elements(at, mask, OFF, ACC, FAST)
+        x = tl.where(ahead == first_class, OFF, x)
+        element, _ = element_loss_grad(x, 0.0, alpha, beta, True, FORM, SQUARE, FAST, HALF)
+        total += element
+    return total
 
 
 @triton.jit
@@ -132,9 +191,12 @@ def quality_rows(
     WEIGHT_UNIT: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
+    SHIFTED: tl.constexpr = False,
 ):
     """The sum of the losses of each row of a tile (if LOSS), walked STEP classes at a time, and
     their gradients times g_factor. Weights of elements are read here, those of rows are not.
+
+    SHIFTED: by shifted_background_losses, without a gradient.
     """
     HALF: tl.constexpr = pred[0].dtype.element_ty.primitive_bitwidth == 16
     OFF: tl.constexpr = 0.0 if FORM == PROBABILITIES_FORM else float("-inf")
@@ -153,6 +215,12 @@ def quality_rows(
             label_at = in_matrix(weight, outer, middle, row, label, WEIGHT_CONTIGUOUS, WEIGHT_UNIT)
             w_label = tl.load(label_at, mask=has_label, other=0).to(ACC)
             label_loss = tl.where(w_label == 0.0, 0.0, label_loss * w_label)
+        if SHIFTED:
+            total = shifted_background_losses(
+                pred, label, outer, middle, row, read, alpha, beta, C, STEP, UNROLL, CLAMPED,
+                FORM, SQUARE, PRED_UNIT, OFF, ACC, FAST, HALF,
+            )  # fmt: skip
+            return tl.sum(total, axis=1) + label_loss
 
     outer_ = beside_columns(outer, RUNS)
     middle_ = beside_columns(middle, RUNS)
@@ -259,6 +327,7 @@ def quality_kernel(
     WEIGHT: tl.constexpr,  # ABSENT, SCALAR, PER_ROW or PER_ELEMENT, as the next two
     LOSS: tl.constexpr,
     UPSTREAM: tl.constexpr,
+    SHIFTED: tl.constexpr,  # rows begin anywhere in a vector, pred at one
     ROW_UNIT: tl.constexpr,
     PRED_CONTIGUOUS: tl.constexpr,
     PRED_UNIT: tl.constexpr,
@@ -342,6 +411,7 @@ def quality_kernel(
         WEIGHT_UNIT,
         ACC,
         FAST,
+        SHIFTED,
     )
     if LOSS == 1:
         partial = tl.sum(tl.where(inside, row_loss * w, 0.0))
@@ -367,29 +437,34 @@ def config(
     dense: bool,
     both: bool,  # loss and gradient
     probabilities: bool,
+    shifted: bool,
 ) -> Config:
     """The tile, by arithmetic: 8 logits a lane and step, in vectors of 16 bytes; 4 where there are
     no vectors, or 64 registers would not hold more.
 
     A step is 32 bytes of a row, a whole sector: the fewer lanes share a row, the less often what a
-    row has is worked out. Of planes it is 4 classes, a lane having neighbouring rows; without
-    vectors 32. It is a smaller power of two if padding would cost over 3 % more than the least. A
-    few steps are unrolled, with their loads in flight at once, if registers allow.
+    row has is worked out. With many classes it is more, or few rows would leave a GPU idle. Of
+    planes it is 4 classes, a lane having neighbouring rows; without vectors 32. It is a smaller
+    power of two if padding would cost over 3 % more than the least. A few steps are unrolled, with
+    their loads in flight at once, if registers allow.
     """
     if INTERPRETED:
-        step = min(128, triton.next_power_of_2(classes))
+        step = min(128, triton.next_power_of_2(classes) // (4 if shifted else 1))
         return Config(INTERPRETED_ELEMENTS // step, step, 1, 4)
     half = itemsize == 2
     vector = min(unit, 16 // itemsize)
     narrow = vector == 1 or itemsize == 8 or not square or (both and dense)
     largest = 4 if planes else 32 if vector == 1 else max(8, 32 // itemsize)
-    steps = [s for s in (1, 2, 4, 8, 16, 32) if min(8, classes, largest) <= s <= largest]
+    while not planes and vector > 1 and largest < 128 and classes > 40 * largest:
+        largest *= 2
+    steps = [s for s in (1, 2, 4, 8, 16, 32, 64, 128) if min(8, classes, largest) <= s <= largest]
     padded = [-(-classes // s) * s for s in steps]
     step = max(s for s, p in zip(steps, padded, strict=True) if p <= 1.03 * min(padded))
     count = -(-classes // step)
     crowded = itemsize == 8 or not square or (half and (both or probabilities))
-    unroll = 1 if crowded else min(count, 10) if planes or count <= 10 else 1
-    logits = 1024 if half and not planes and not narrow else 512
+    most = 10 if planes or count <= 10 else 1 if narrow or both else 4
+    unroll = 1 if crowded else min(count, most)
+    logits = 1024 if half and not planes and not narrow and count <= 10 else 512
     return Config(logits // step, step, unroll, logits // (32 * max(vector, 4 if narrow else 8)))
 
 
@@ -436,15 +511,27 @@ def _launch(
             grad.copy_(result)
         return
     _, rows = found
+    vector = 16 // pred.element_size()
+    shifted = (
+        rows["PRED_CONTIGUOUS"] == COLUMNS
+        and rows["PRED_UNIT"] < vector
+        and pred.data_ptr() % 16 == 0
+        and classes >= SHIFTED_CLASSES
+        and pred.element_size() <= 4
+        and score is not None
+        and grad is None
+        and not (weight is not None and weight.dim() == pred.dim())
+    )
     shape = config(
         classes,
         pred.element_size(),
-        rows["PRED_UNIT"],
+        vector if shifted else rows["PRED_UNIT"],
         rows["PRED_CONTIGUOUS"] == ROWS,
         square,
         score is None,
         loss is not None and grad is not None,
         form == PROBABILITIES,
+        shifted,
     )
     tiles, rows = lay_out(shape.rows, *operands)
     if reduction == MEAN:
@@ -477,6 +564,7 @@ def _launch(
             ),
             LOSS=ABSENT if loss is None else PER_ROW if per_row else SCALAR,
             UPSTREAM=ABSENT if upstream is None else PER_ROW if per_row else SCALAR,
+            SHIFTED=shifted,
             ACC=acc_type(pred.dtype),
             FAST=fast(),
             num_warps=shape.warps,
