@@ -86,7 +86,7 @@ double run_blocks(double (*kernel)(const P&, int64_t, int64_t, void*), const P& 
   if (blocks == 0) return 0;
 
   const auto body = [&](int64_t begin, int64_t end, double* sums) {
-    void* const scratch = thread_scratch(scratch_bytes(columns));
+    void* const scratch = thread_scratch(scratch_bytes(problem));
     P moved = problem;
     for (int64_t b = begin; b < end; ++b) {
       int64_t rest = b / per_run;
@@ -117,6 +117,27 @@ double run_blocks(double (*kernel)(const P&, int64_t, int64_t, void*), const P& 
   double total = 0;
   for (const double sum : sums) total += sum;
   return total;
+}
+
+// bins: their values, or null for 0, 1, 2, ...
+void run_summary(DistributionProblem d, const gfl_view* bins) {
+  // The kernels want the bins' values packed and in the type they compute in.
+  const bool wide = d.pred.dtype == GFL_FLOAT64;
+  std::vector<double> values(d.bins);
+  for (int64_t k = 0; k < d.bins; ++k) {
+    if (bins) {
+      const int64_t at = k * bins->strides[0];
+      values[k] = wide ? static_cast<const double*>(bins->data)[at]
+                       : static_cast<const float*>(bins->data)[at];
+    } else {
+      values[k] = static_cast<double>(k);
+    }
+  }
+  std::vector<float> floats(values.begin(), values.end());
+  d.values.data =
+      wide ? reinterpret_cast<char*>(values.data()) : reinterpret_cast<char*>(floats.data());
+  using D = DistributionProblem;
+  run_blocks(table().distribution, d, d.bins, &D::pred, &D::grad_loss, &D::loss, &D::grad);
 }
 
 void write_scalar(const gfl_view* view, double value) {
@@ -177,27 +198,18 @@ extern "C" int gfl_distribution_cpu(const gfl_distribution_args* args) {
 }
 
 extern "C" int gfl_integral_cpu(const gfl_integral_args* args) {
-  using namespace gfl;
-  return guarded([&] {
-    DistributionProblem d = describe("gfl_integral_cpu", *args);
-    // The kernels want the bins' values packed and in the type they compute in.
-    const bool wide = d.pred.dtype == GFL_FLOAT64;
-    std::vector<double> values(d.bins);
-    for (int64_t k = 0; k < d.bins; ++k) {
-      if (const gfl_view* const bins = args->bins) {
-        const int64_t at = k * bins->strides[0];
-        values[k] = wide ? static_cast<const double*>(bins->data)[at]
-                         : static_cast<const float*>(bins->data)[at];
-      } else {
-        values[k] = static_cast<double>(k);
-      }
-    }
-    std::vector<float> floats(values.begin(), values.end());
-    d.values.data =
-        wide ? reinterpret_cast<char*>(values.data()) : reinterpret_cast<char*>(floats.data());
-    using D = DistributionProblem;
-    run_blocks(table().distribution, d, d.bins, &D::pred, &D::grad_loss, &D::loss, &D::grad);
-  });
+  return gfl::guarded(
+      [&] { gfl::run_summary(gfl::describe("gfl_integral_cpu", *args), args->bins); });
+}
+
+extern "C" int gfl_statistics_cpu(const gfl_statistics_args* args) {
+  return gfl::guarded(
+      [&] { gfl::run_summary(gfl::describe("gfl_statistics_cpu", *args), nullptr); });
+}
+
+extern "C" int gfl_moments_cpu(const gfl_moments_args* args) {
+  return gfl::guarded(
+      [&] { gfl::run_summary(gfl::describe("gfl_moments_cpu", *args), args->bins); });
 }
 
 extern "C" const char* gfl_last_error(void) { return gfl::last_error.c_str(); }
