@@ -20,6 +20,8 @@ from compiled_cases import (  # noqa: F401
     test_head_varifocal_gamma,
     test_integral,
     test_integral_of_given_bins,
+    test_moments,
+    test_peak,
     test_quality_beta,
     test_quality_dense_with_weights,
     test_quality_float64,
@@ -27,6 +29,9 @@ from compiled_cases import (  # noqa: F401
     test_quality_odd_classes,
     test_quality_probabilities,
     test_quality_sparse,
+    test_statistics,
+    test_statistics_bins,
+    test_summaries_layouts,
 )
 from support import (
     FLOATS,

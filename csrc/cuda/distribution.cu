@@ -245,27 +245,31 @@ GFL_DEVICE void next_highest(const Bins<T, Step>& bins, bool read, const Distrib
   *place = -static_cast<int>(max_lanes(static_cast<A>(best == *value ? -at : -count), lanes));
 }
 
-// A summary of a row into `out`, or its gradient out of `upstream`, by the neighbours the row
-// belongs to. The whole warp takes part; where `read` is false there is no row. The gradient of
-// statistics must not take the place of z.
+// A summary of a row into `out`, and its gradient out of `upstream`, of which one may be null, by
+// the neighbours the row belongs to. The whole warp takes part; where `read` is false there is no
+// row. The gradient of statistics must not take the place of z.
 template <typename T, typename Step, typename A>
 GFL_DEVICE void summarise_row(const Bins<T, Step>& bins, bool read, const void* values,
                               const A* upstream, A* out, const DistributionShape& s, int lane) {
   const int count = s.bins, lanes = 1 << s.lane_bits, end = read ? count : 0;
   const bool statistics = s.kind == kStatistics, moments = s.kind == kMoments;
+  const auto each = [&](const auto& of) {
+    for (int k = lane; k < end; k += lanes) of(k, A(widen(*bins.z(k))));
+  };
+  const auto value_of = [&](int k) { return bin_value<A>(values, s.values, k); };
   const auto from_upstream = [&](int j) { return read ? upstream[j * s.upstream.column] : A(0); };
   const auto write = [&](int j, A value) {
-    if (read && lane == 0) out[j * s.loss.column] = value;
+    if (out && read && lane == 0) out[j * s.loss.column] = value;
   };
   A high = static_cast<A>(-INFINITY);
-  for (int k = lane; k < end; k += lanes) high = larger(A(widen(*bins.z(k))), high);
+  each([&](int, A z) { high = larger(z, high); });
   high = max_lanes(high, lanes);
   A peak = 0;
   if (s.window >= 0) {
     int first = count;
-    for (int k = lane; k < end; k += lanes) {
-      if (widen(*bins.z(k)) == high) first = min(first, k);
-    }
+    each([&](int k, A z) {
+      if (z == high) first = min(first, k);
+    });
     peak = -max_lanes(static_cast<A>(-first), lanes);
   }
   const auto exponential_of = [&](int k, A shifted) {
@@ -273,18 +277,16 @@ GFL_DEVICE void summarise_row(const Bins<T, Step>& bins, bool read, const void* 
     return s.window < 0 ? e : e * peak_window(A(k), peak, A(s.window));
   };
   A sum = 0, mean = 0, mean_s = 0;
-  for (int k = lane; k < end; k += lanes) {
-    const A shifted = widen(*bins.z(k)) - high;
-    const A e = exponential_of(k, shifted);
+  each([&](int k, A z) {
+    const A e = exponential_of(k, z - high);
     sum += e;
-    if (!statistics) mean += e * bin_value<A>(values, s.values, k);
-    if (moments) mean_s += entropy_term(e, shifted);
-  }
+    if (!statistics) mean += e * value_of(k);
+    if (moments) mean_s += entropy_term(e, z - high);
+  });
   sum = sum_lanes(sum, lanes);
   A inverse = reciprocal(sum);
   if (statistics) {
     const A share = A(1) / s.topk;
-    const A of_mean = upstream && s.add_mean ? from_upstream(s.topk) * share : A(0);
     const auto each_place = [&](const auto& of) {
       A value = static_cast<A>(INFINITY);
       int place = -1;
@@ -294,20 +296,18 @@ GFL_DEVICE void summarise_row(const Bins<T, Step>& bins, bool read, const void* 
         of(j, place, exponential(value - high) * inverse);
       }
     };
-    A total = 0;
-    if (!upstream) {
-      each_place([&](int j, int, A p) {
-        write(j, p);
-        total += p;
-      });
-      if (s.add_mean) write(s.topk, total * share);
-      return;
-    }
-    each_place([&](int j, int, A p) { total += (from_upstream(j) + of_mean) * p; });
-    for (int k = lane; k < end; k += lanes) {
-      const A p = exponential(widen(*bins.z(k)) - high) * inverse;
-      narrow(expectation_grad(p, A(0), total), bins.g(k));
-    }
+    const A of_mean = upstream && s.add_mean ? from_upstream(s.topk) * share : A(0);
+    A top_sum = 0, total = 0;
+    each_place([&](int j, int, A p) {
+      write(j, p);
+      top_sum += p;
+      if (upstream) total += (from_upstream(j) + of_mean) * p;
+    });
+    if (s.add_mean) write(s.topk, top_sum * share);
+    if (!upstream) return;
+    each([&](int k, A z) {
+      narrow(expectation_grad(exponential(z - high) * inverse, A(0), total), bins.g(k));
+    });
     __syncwarp();
     each_place([&](int j, int place, A p) {
       if (read && lane == 0 && place < count) {
@@ -317,37 +317,32 @@ GFL_DEVICE void summarise_row(const Bins<T, Step>& bins, bool read, const void* 
     return;
   }
   mean = sum_lanes(mean, lanes) * inverse;
+  write(0, mean);
   if (moments) {
-    Moments<A> m{mean, 0, sum_lanes(mean_s, lanes) * inverse};
-    for (int k = lane; k < end; k += lanes) {
-      const A away = bin_value<A>(values, s.values, k) - mean;
-      m.variance += exponential(widen(*bins.z(k)) - high) * (away * away);
-    }
+    Moments<A> m{mean, 0, sum_lanes(mean_s, lanes) * inverse, 0, 0, 0};
+    each([&](int k, A z) {
+      const A away = value_of(k) - mean;
+      m.variance += exponential(z - high) * (away * away);
+    });
     m.variance = sum_lanes(m.variance, lanes) * inverse;
     const A std = square_root(m.variance);
-    if (!upstream) {
-      write(0, mean);
-      write(1, std);
-      write(2, logarithm(sum) - m.mean_s);
-      return;
-    }
+    write(1, std);
+    write(2, logarithm(sum) - m.mean_s);
+    if (!upstream) return;
     m.by_mean = from_upstream(0);
     m.by_variance = from_upstream(1) * square_root_grad(std);
     m.by_entropy = from_upstream(2);
-    for (int k = lane; k < end; k += lanes) {
-      const A shifted = widen(*bins.z(k)) - high;
-      narrow(moments_grad(exponential(shifted) * inverse, bin_value<A>(values, s.values, k),
-                          shifted, m),
-             bins.g(k));
-    }
+    each([&](int k, A z) {
+      const A p = exponential(z - high) * inverse;
+      narrow(moments_grad(p, value_of(k), z - high, m), bins.g(k));
+    });
     return;
   }
-  if (!upstream) return write(0, mean);
+  if (!upstream) return;
   inverse *= from_upstream(0);
-  for (int k = lane; k < end; k += lanes) {
-    const A e = exponential_of(k, widen(*bins.z(k)) - high);
-    narrow(expectation_grad(e * inverse, bin_value<A>(values, s.values, k), mean), bins.g(k));
-  }
+  each([&](int k, A z) {
+    narrow(expectation_grad(exponential_of(k, z - high) * inverse, value_of(k), mean), bins.g(k));
+  });
 }
 
 GFL_DEVICE int quotient(int n, uint32_t magic) { return __umulhi(n, magic); }
@@ -511,7 +506,7 @@ __global__ void __launch_bounds__(kDistributionThreads, kDtype == GFL_FLOAT64 ||
         const Bins<T, int> bins{mine, mine + s.grad_offset, s.bin_step, s.bin_step};
         summarise_row(bins, inside, values,
                       grad ? static_cast<const A*>(upstream) + offset(s.upstream) : nullptr,
-                      static_cast<A*>(loss) + (grad ? 0 : offset(s.loss)), s, lane);
+                      loss ? static_cast<A*>(loss) + offset(s.loss) : nullptr, s, lane);
         continue;
       }
       Row<A> row{};
@@ -592,10 +587,12 @@ __global__ void __launch_bounds__(kDistributionThreads, 4)
         bins.pred += offset(s.pred);
         if (grad) bins.grad += offset(s.grad);
       }
-      summarise_row(
-          bins, inside, values,
-          grad ? static_cast<const A*>(upstream) + (inside ? offset(s.upstream) : 0) : nullptr,
-          static_cast<A*>(loss) + (inside && !grad ? offset(s.loss) : 0), s, lane);
+      const auto row_of = [&](auto* data, const Steps& steps) {
+        return data + (inside ? offset(steps) : 0);
+      };
+      summarise_row(bins, inside, values,
+                    grad ? row_of(static_cast<const A*>(upstream), s.upstream) : nullptr,
+                    loss ? row_of(static_cast<A*>(loss), s.loss) : nullptr, s, lane);
       continue;
     }
     Row<A> row{};
