@@ -8,12 +8,15 @@ import pytest
 import torch
 from support import (
     FLOATS,
+    PUBLIC,
     bin_target,
     check_op,
     dense_target,
+    evaluate,
     explicit_target,
     lay_out,
     logits,
+    random_upstream,
     row_weight,
     sparse_target,
 )
@@ -142,6 +145,20 @@ def test_summaries_layouts(compiled, layout):
     check_op("statistics", laid.pred, bin_dim=laid.dim, what=layout)
     check_op("moments", laid.pred, bin_dim=laid.dim, scale=8, what=layout)
     check_op("integral", laid.pred, bin_dim=laid.dim, scale=8, mode="peak", what=layout)
+
+
+@pytest.mark.parametrize("op, values", [("statistics", 5), ("moments", 3), ("peak", 1)])
+def test_summaries_move_what_they_must(compiled, op, values):
+    """A launch each way; logits read once in each, results and gradients written once."""
+    x = logits(2048, 17, extremes=False)
+    function = PUBLIC.get(op, lambda z: PUBLIC["integral"](z, mode="peak"))
+    compiled.reports.clear()
+    evaluate(function, x, random_upstream(torch.empty(2048, values).squeeze(1)), (), {})
+    forward, backward = compiled.reports
+    results = 4 * values * len(x)
+    for report, least in ((forward, x.nbytes + results), (backward, 2 * x.nbytes + results)):
+        dram = report.dram_bytes_read + report.dram_bytes_written
+        assert dram <= 1.05 * least, (report.kernel, dram, least)
 
 
 PYRAMID = {"sizes": ((9, 7), (5, 4), (3, 2), (2, 1), (1, 1)), "strides": (8, 16, 32, 64, 128)}

@@ -167,21 +167,21 @@ def test_opcheck_integral(native):
 
 def test_opcheck_summaries(native):
     sides = logits(3, 5, 4, extremes=False).transpose(1, 2)
-    for form in (logits(12, 5, extremes=False), sides, sides.half(), sides.double()[:0]):
+    y = torch.randn(5)
+    cases = (
+        (logits(12, 5, extremes=False), "statistics", (4,), (3, True)),
+        (sides, "statistics", (5,), (5, False)),
+        (sides.half(), "moments", (3,), (None,)),
+        (sides.double()[:0], "moments", (3,), (y.double(),)),
+        (sides, "integral", (), (y, 1)),
+    )
+    for form, name, columns, arguments in cases:
         dtype = torch.float64 if form.dtype == torch.float64 else torch.float32
-        y = torch.randn(5, dtype=dtype)
-        for name, columns, arguments in (
-            ("statistics", (4,), (3, True)),
-            ("statistics", (5,), (5, False)),
-            ("moments", (3,), (None,)),
-            ("moments", (3,), (y,)),
-            ("integral", (), (y, 1)),
-        ):
-            leaf = form.detach().requires_grad_()
-            torch.library.opcheck(getattr(ops, f"{name}_forward").default, (leaf, *arguments))
-            upstream = random_upstream(torch.empty((*form.shape[:-1], *columns), dtype=dtype))
-            backward = getattr(ops, f"{name}_backward").default
-            torch.library.opcheck(backward, (upstream, form.detach(), *arguments))
+        leaf = form.detach().requires_grad_()
+        torch.library.opcheck(getattr(ops, f"{name}_forward").default, (leaf, *arguments))
+        upstream = random_upstream(torch.empty((*form.shape[:-1], *columns), dtype=dtype))
+        backward = getattr(ops, f"{name}_backward").default
+        torch.library.opcheck(backward, (upstream, form.detach(), *arguments))
 
 
 # ---- torch.compile

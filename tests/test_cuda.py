@@ -32,6 +32,7 @@ from compiled_cases import (  # noqa: F401
     test_statistics,
     test_statistics_bins,
     test_summaries_layouts,
+    test_summaries_move_what_they_must,
 )
 from support import (
     FLOATS,
@@ -317,7 +318,7 @@ def test_registers(dtype):
     """64 of them and nothing spilled in what a training step runs: forward and backward."""
     names = [f"quality_kernel<{dtype}, {variant}>" for variant in (1, 2, 3, 5, 6, 7, 9, 10)]
     names += [f"quality_kernel<{dtype}, {16 + variant}>" for variant in (1, 2, 5, 6, 9, 10)]
-    names += [f"distribution_kernel<{dtype}, {bins}>" for bins in (0, 8, 16, 17, 33)]
+    names += [f"distribution_kernel<{dtype}, {bins}>" for bins in (0, 1, 8, 16, 17, 33)]
     for name in names:
         try:
             (info,) = ptxsim.ptxas_info(ptx(name)).values()

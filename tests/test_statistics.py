@@ -134,7 +134,9 @@ def test_each_moment_alone(backend, name):
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("bins", [2, 8, 16, 17, 33, 64])
 def test_no_worse_than_eager(backend, dtype, bins):
-    for rows in (1, 333) if INTERPRETED else (1, 7, 15, 16, 17, 333):
+    if INTERPRETED and bins > 17 and dtype != torch.float32:
+        pytest.skip("interpreted: a bin is some twenty operations, whatever its dtype")
+    for rows in (70,) if INTERPRETED else (1, 7, 15, 16, 17, 333):
         check_all(logits(rows, bins, dtype=dtype, device=backend.device, seed=rows))
 
 
@@ -166,11 +168,11 @@ def test_every_window(backend, window):
         assert torch.equal(got.double(), x.argmax(-1).double())
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("bins", [17, 33])
-def test_no_worse_than_eager_on_large_inputs(backend, dtype, bins):
-    rows = 4200 if INTERPRETED else 4 * 8400
-    check_all(logits(rows, bins, dtype=dtype, device=backend.device))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_worse_than_eager_on_large_inputs(backend, dtype):
+    """Above the size where rows are shared between threads, and with several tiles interpreted."""
+    rows = 2700 if INTERPRETED else 4 * 8400
+    check_all(logits(rows, 17, dtype=dtype, device=backend.device))
 
 
 @pytest.mark.parametrize("positions", ["arbitrary", "half", "int", "strided"])
@@ -279,12 +281,11 @@ def test_wide_spreads(backend, dtype):
     for value in moments:
         assert bool(value.isfinite().all())
     # A distribution of one bin: neither spread nor entropy, and a gradient of 0.
-    for row in (3, 4, 8):
-        leaf = pred[row].detach().requires_grad_()
-        alone = distribution_moments(leaf)
-        assert float(alone.std) == 0 and float(alone.entropy) == 0
-        (grad,) = torch.autograd.grad(sum(alone), leaf)
-        assert bool((grad == 0).all())
+    leaf = pred[[3, 4, 8]].requires_grad_()
+    alone = distribution_moments(leaf)
+    assert bool((alone.std == 0).all()) and bool((alone.entropy == 0).all())
+    (grad,) = torch.autograd.grad(sum(alone).sum(), leaf)
+    assert bool((grad == 0).all())
 
 
 def test_a_peak_is_one_mode(backend):
@@ -317,7 +318,7 @@ def test_ties_go_to_the_first_bin(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
-@pytest.mark.parametrize("bins", [5, 17])
+@pytest.mark.parametrize("bins", [5] if INTERPRETED else [5, 17])
 def test_what_is_no_distribution_stays_in_its_row(backend, dtype, bins):
     pred = logits(40, bins, dtype=dtype, device=backend.device, extremes=False)
     functions = (distribution_statistics, stacked_moments, lambda z: integral(z, **PEAK))

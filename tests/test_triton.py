@@ -30,6 +30,7 @@ from compiled_cases import (  # noqa: F401
     test_statistics,
     test_statistics_bins,
     test_summaries_layouts,
+    test_summaries_move_what_they_must,
 )
 from support import INTERPRETED, bin_target, logits, sparse_target
 from test_head import LAYOUTS, scene
