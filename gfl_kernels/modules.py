@@ -107,7 +107,7 @@ class Integral(nn.Module):
     persistent buffer ``project`` = 0, 1, ..., reg_max. mode and window are those of the function.
     """
 
-    def __init__(self, reg_max: int = 16, mode: str = "mean", window: int = 2) -> None:
+    def __init__(self, reg_max: int = 16, *, mode: str = "mean", window: int = 2) -> None:
         super().__init__()
         self.reg_max = reg_max
         self.mode = mode
