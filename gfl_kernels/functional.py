@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import debug, dispatch, ops, reference
-from .reference import EPS
+from .reference import EPS, DistributionMoments
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -105,7 +105,14 @@ def distribution_focal_loss(
     return _distribution_focal_loss(pred, target, weight, avg_factor, reduction, bin_dim)
 
 
-def integral(pred: Tensor, *, bins: Tensor | None = None, bin_dim: int = -1) -> Tensor:
+def integral(
+    pred: Tensor,
+    *,
+    bins: Tensor | None = None,
+    bin_dim: int = -1,
+    mode: str = "mean",
+    window: int = 2,
+) -> Tensor:
     r"""Expectation of the distribution of each row, fused: :math:`E = \sum_k y_k \,
     \mathrm{softmax}(z)_k`.
 
@@ -115,6 +122,12 @@ def integral(pred: Tensor, *, bins: Tensor | None = None, bin_dim: int = -1) -> 
         pred: logits [..., K]; float32, float64, bfloat16 or float16, any strides.
         bins: the value y of each bin [K]; 0, 1, ..., K - 1 if not given.
         bin_dim: where the bins lie in pred.
+        mode: "mean", over all bins; or "peak", over the bins beside the highest one alone, softmax
+            being taken among them. An edge that may be at two places has a mean between them, where
+            no edge is, and a peak at the likelier one.
+        window: how many bins on either side of the highest "peak" takes in, >= 0: 2 * window + 1
+            bins, fewer at an end. 0 is the value of the highest bin. Of equal logits the first is
+            the highest; the gradient takes the choice as constant.
 
     Returns:
         [...], in bins; float32, or float64 for float64: half precision would move a box by up to
@@ -125,21 +138,91 @@ def integral(pred: Tensor, *, bins: Tensor | None = None, bin_dim: int = -1) -> 
     """
     name = "integral"
     _check_pred(name, pred, bin_dim, "K", "bin_dim")
-    if bins is not None:
-        _check_tensor(name, "bins", bins, pred)
-        if bins.shape != pred.shape[bin_dim : bin_dim + 1 or None]:
-            raise _wrong_shape(
-                name, "bins", "(K,)", pred.shape[bin_dim : bin_dim + 1 or None], bins
-            )
+    _check_bins(name, bins, pred, bin_dim)
+    if mode not in ("mean", "peak"):
+        raise ValueError(f"{name}: mode must be mean or peak, got {mode!r}")
+    _check_int(name, "window", window)
+    if window < 0:
+        raise ValueError(f"{name}: window must be >= 0, got {window}")
     backend = dispatch.choose(name, pred, bins)
     if backend == "reference":
-        return reference.integral(pred, bins=bins, bin_dim=bin_dim)
-    pred = _last(pred, bin_dim)
-    if bins is not None:
-        bins = bins.to(reference.accumulate_dtype(pred.dtype))
-    if torch.compiler.is_compiling():
-        return torch.ops.gfl_kernels.integral_forward(pred, bins)
-    return ops.apply_distribution_integral(backend, pred, bins)
+        return reference.integral(pred, bins=bins, bin_dim=bin_dim, mode=mode, window=window)
+    # A window that takes in all bins everywhere is the mean.
+    window = window if mode == "peak" and window < pred.shape[bin_dim] - 1 else -1
+    return _summary("integral", backend, _last(pred, bin_dim), _as_result(bins, pred), window)
+
+
+def distribution_statistics(
+    pred: Tensor, *, topk: int = 4, add_mean: bool = True, bin_dim: int = -1
+) -> Tensor:
+    """The highest probabilities of the distribution of each row, fused: softmax, top-k and mean.
+
+    They tell how sharp a side's distribution is, and so how good its box. Source: Li et al. 2021,
+    "Generalized Focal Loss V2", the input of its Distribution-Guided Quality Predictor; LD,
+    PaddleDetection's DGQP, the LQE of D-FINE and DEIM.
+
+    Args:
+        pred: logits [..., K]; float32, float64, bfloat16 or float16, any strides.
+        topk: how many, from 1 to K.
+        add_mean: whether the mean of the topk comes behind them.
+        bin_dim: where the bins lie in pred, 2 for [B, 4, K, H, W].
+
+    Returns:
+        pred's shape with topk + 1 (or topk) in place of K, in descending order; float32, or float64
+        for float64. Dimensions lie in memory as they do in pred: of a head's [B, 4, K, H, W],
+        ``.flatten(1, 2)`` is the input of GFLv2's convolution. The gradient has pred's dtype and
+        layout; of equal logits the first bin comes first, where ``torch.topk`` takes any.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quality_focal_loss`.
+    """
+    name = "distribution_statistics"
+    _check_pred(name, pred, bin_dim, "K", "bin_dim")
+    _check_int(name, "topk", topk)
+    bins = pred.shape[bin_dim]
+    if not 1 <= topk <= bins:
+        raise ValueError(f"{name}: topk must be in [1, K] = [1, {bins}], got {topk}")
+    add_mean = bool(add_mean)
+    backend = dispatch.choose(name, pred)
+    if backend == "reference":
+        return reference.distribution_statistics(
+            pred, topk=topk, add_mean=add_mean, bin_dim=bin_dim
+        )
+    values = _summary("statistics", backend, _last(pred, bin_dim), topk, add_mean)
+    return values if bin_dim == -1 else values.movedim(-1, bin_dim)
+
+
+def distribution_moments(
+    pred: Tensor, *, bins: Tensor | None = None, bin_dim: int = -1
+) -> DistributionMoments:
+    r"""Mean, standard deviation and entropy of the distribution of each row, fused.
+
+    .. math:: E = \sum_k p_k y_k, \quad \sqrt{\textstyle\sum_k p_k (y_k - E)^2}, \quad
+        -\sum_k p_k \log p_k, \quad p = \mathrm{softmax}(z)
+
+    The last two measure how uncertain a side of a box is.
+
+    Args:
+        pred: logits [..., K]; float32, float64, bfloat16 or float16, any strides.
+        bins: the value y of each bin [K]; 0, 1, ..., K - 1 if not given.
+        bin_dim: where the bins lie in pred.
+
+    Returns:
+        A named tuple (mean, std, entropy), each [...], the first two in bins, entropy in nats;
+        float32, or float64 for float64. A std of 0 has a gradient of 0. A bin with a logit of -inf
+        has no part in any. The gradient has pred's dtype and layout.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quality_focal_loss`.
+    """
+    name = "distribution_moments"
+    _check_pred(name, pred, bin_dim, "K", "bin_dim")
+    _check_bins(name, bins, pred, bin_dim)
+    backend = dispatch.choose(name, pred, bins)
+    if backend == "reference":
+        return reference.distribution_moments(pred, bins=bins, bin_dim=bin_dim)
+    values = _summary("moments", backend, _last(pred, bin_dim), _as_result(bins, pred))
+    return DistributionMoments(*values.unbind(-1))
 
 
 def _quality_focal_loss(
@@ -257,6 +340,17 @@ def _distribution_focal_loss(
 # Layout and reduction
 
 
+def _summary(which: str, backend: str, *inputs) -> Tensor:
+    """The op ``{which}_forward`` of a backend, or the op itself where torch.compile records one."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.gfl_kernels, f"{which}_forward")(*inputs)
+    return ops.apply_distribution_summary(backend, which, *inputs)
+
+
+def _as_result(bins: Tensor | None, pred: Tensor) -> Tensor | None:
+    return bins if bins is None else bins.to(reference.accumulate_dtype(pred.dtype))
+
+
 def _last(tensor: Tensor, dim: int) -> Tensor:
     """tensor with dimension dim moved to the end: a view."""
     return tensor if dim == -1 else tensor.movedim(dim, -1)
@@ -338,6 +432,15 @@ def _check_pred(name: str, pred, dim: int, size: str, dim_name: str) -> None:
         )
 
 
+def _check_bins(name: str, bins, pred: Tensor, bin_dim: int) -> None:
+    if bins is None:
+        return
+    _check_tensor(name, "bins", bins, pred)
+    expected = pred.shape[bin_dim : bin_dim + 1 or None]
+    if bins.shape != expected:
+        raise _wrong_shape(name, "bins", "(K,)", expected, bins)
+
+
 def _check_reduction(name: str, reduction, avg_factor, pred: Tensor) -> float | Tensor | None:
     """avg_factor as it counts: None for "none", detached and on pred's device if it is a tensor."""
     if reduction not in _REDUCTIONS:
@@ -368,6 +471,11 @@ def _check_number(name: str, argument: str, value, also: str = "") -> None:
     # check.
     if not isinstance(value, (float, int)) and not isinstance(value, Real):
         raise TypeError(f"{name}: {argument} must be a number{also}, got {type(value).__name__}")
+
+
+def _check_int(name: str, argument: str, value) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: {argument} must be an int, got {type(value).__name__}")
 
 
 def _check_not_negative(name: str, argument: str, value) -> None:

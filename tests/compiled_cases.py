@@ -9,12 +9,15 @@ import torch
 from support import (
     FLOATS,
     HALF,
+    PUBLIC,
     bin_target,
     check_op,
     dense_target,
+    evaluate,
     explicit_target,
     lay_out,
     logits,
+    random_upstream,
     row_weight,
     sparse_target,
 )
@@ -146,6 +149,55 @@ def test_integral(compiled, dtype):
 
 def test_integral_of_given_bins(compiled):
     check_op("integral", logits(50, 8), bins=torch.linspace(-3, 9, 8), scale=9.0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_statistics(compiled, dtype):
+    check_op("statistics", logits(131, 17, dtype=dtype))
+
+
+@pytest.mark.parametrize("bins, topk", [(2, 2), (8, 3), (33, 33), (80, 4)])
+def test_statistics_bins(compiled, bins, topk):
+    x = logits(66, bins)
+    x[3, 1:] = -float("inf")
+    check_op("statistics", x, topk=topk)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_moments(compiled, dtype):
+    x = logits(131, 17, dtype=dtype)
+    x[3, 1:] = -float("inf")
+    check_op("moments", x, scale=17)
+    check_op("moments", x[:50, :8], bins=torch.linspace(-3, 9, 8), scale=9.0)
+
+
+def test_peak(compiled):
+    for rows, bins, dtype in ((131, 17, torch.float32), (50, 80, torch.float16)):
+        x = logits(rows, bins, dtype=dtype)
+        x[5] = 2.0  # a tie
+        check_op("integral", x, scale=bins, mode="peak", window=1)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "width_cropped"])
+def test_summaries_layouts(compiled, layout):
+    laid = lay_out(layout, logits(2, 5, 7, 8))
+    check_op("statistics", laid.pred, bin_dim=laid.dim, what=layout)
+    check_op("moments", laid.pred, bin_dim=laid.dim, scale=8, what=layout)
+    check_op("integral", laid.pred, bin_dim=laid.dim, scale=8, mode="peak", what=layout)
+
+
+@pytest.mark.parametrize("op, values", [("statistics", 5), ("moments", 3), ("peak", 1)])
+def test_summaries_move_what_they_must(compiled, op, values):
+    """A launch each way; logits read once in each, results and gradients written once."""
+    x = logits(2048, 17, extremes=False)
+    function = PUBLIC.get(op, lambda z: PUBLIC["integral"](z, mode="peak"))
+    compiled.reports.clear()
+    evaluate(function, x, random_upstream(torch.empty(2048, values).squeeze(1)), (), {})
+    forward, backward = compiled.reports
+    results = 4 * values * len(x)
+    for report, least in ((forward, x.nbytes + results), (backward, 2 * x.nbytes + results)):
+        dram = report.dram_bytes_read + report.dram_bytes_written
+        assert dram <= 1.05 * least, (report.kernel, dram, least)
 
 
 PYRAMID = {"sizes": ((9, 7), (5, 4), (3, 2), (2, 1), (1, 1)), "strides": (8, 16, 32, 64, 128)}

@@ -31,6 +31,8 @@ def cases(dtype):
     yield "distribution_focal_loss", (bins, (left, 1 - fraction, fraction)), {"reduction": "sum"}
     yield "integral", (bins,), {}
     yield "integral", (bins,), {"bins": torch.linspace(-1.0, 1.0, 17)}
+    yield "integral", (bins,), {"mode": "peak"}
+    yield "distribution_statistics", (bins,), {}
 
 
 def value_and_grad(function, args, options, upstream):

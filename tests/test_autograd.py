@@ -22,11 +22,19 @@ from support import (
     row_weight,
     run_python,
     sparse_target,
+    stacked_moments,
     to_double,
 )
 
 import gfl_kernels
-from gfl_kernels import distribution_focal_loss, integral, quality_focal_loss, reference
+from gfl_kernels import (
+    distribution_focal_loss,
+    distribution_moments,
+    distribution_statistics,
+    integral,
+    quality_focal_loss,
+    reference,
+)
 
 ops = torch.ops.gfl_kernels
 NONE, SUM = 0, 1
@@ -61,6 +69,9 @@ def calls(rows=40, classes=17, device="cpu", seed=0):
         ),
         "integral": lambda x: integral(x),
         "integral_bins": lambda x: integral(x, bins=y),
+        "integral_peak": lambda x: integral(x, bins=y, mode="peak", window=1),
+        "statistics": lambda x: distribution_statistics(x),
+        "moments": lambda x: stacked_moments(x, bins=y),
     }
 
 
@@ -152,6 +163,25 @@ def test_opcheck_integral(native):
             )
             upstream = random_upstream(torch.empty(form.shape[:-1], dtype=dtype))
             torch.library.opcheck(ops.integral_backward.default, (upstream, form.detach(), bins))
+
+
+def test_opcheck_summaries(native):
+    sides = logits(3, 5, 4, extremes=False).transpose(1, 2)
+    y = torch.randn(5)
+    cases = (
+        (logits(12, 5, extremes=False), "statistics", (4,), (3, True)),
+        (sides, "statistics", (5,), (5, False)),
+        (sides.half(), "moments", (3,), (None,)),
+        (sides.double()[:0], "moments", (3,), (y.double(),)),
+        (sides, "integral", (), (y, 1)),
+    )
+    for form, name, columns, arguments in cases:
+        dtype = torch.float64 if form.dtype == torch.float64 else torch.float32
+        leaf = form.detach().requires_grad_()
+        torch.library.opcheck(getattr(ops, f"{name}_forward").default, (leaf, *arguments))
+        upstream = random_upstream(torch.empty((*form.shape[:-1], *columns), dtype=dtype))
+        backward = getattr(ops, f"{name}_backward").default
+        torch.library.opcheck(backward, (upstream, form.detach(), *arguments))
 
 
 # ---- torch.compile
@@ -715,6 +745,27 @@ def test_export_gives_plain_operations(strict):
     for got, expected in zip(
         program.module()(*export_inputs(10)), module(*export_inputs(10)), strict=True
     ):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_export_of_summaries():
+    class Summaries(torch.nn.Module):
+        def forward(self, sides):
+            peak = integral(sides, bin_dim=2, mode="peak")
+            return (
+                distribution_statistics(sides, bin_dim=2),
+                *distribution_moments(sides, bin_dim=2),
+                peak,
+            )
+
+    sides = logits(2, 4, 9, 3, 5, extremes=False)
+    module = Summaries()
+    program = torch.export.export(module, (sides,))
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert targets and not [
+        name for name in targets if not name.startswith(("aten.", "<built-in", "_operator"))
+    ]
+    for got, expected in zip(program.module()(sides), module(sides), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 

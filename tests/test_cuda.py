@@ -21,6 +21,8 @@ from compiled_cases import (  # noqa: F401
     test_head_varifocal_gamma,
     test_integral,
     test_integral_of_given_bins,
+    test_moments,
+    test_peak,
     test_quality_beta,
     test_quality_dense_with_weights,
     test_quality_float64,
@@ -30,6 +32,10 @@ from compiled_cases import (  # noqa: F401
     test_quality_probabilities_of_many_classes,
     test_quality_rows_that_begin_anywhere,
     test_quality_sparse,
+    test_statistics,
+    test_statistics_bins,
+    test_summaries_layouts,
+    test_summaries_move_what_they_must,
 )
 from support import (
     FLOATS,
@@ -305,7 +311,7 @@ def test_registers(dtype):
     """64 of them and nothing spilled in what a training step runs: forward and backward."""
     names = [f"quality_kernel<{dtype}, {variant}>" for variant in (1, 2, 3, 5, 6, 7, 9, 10)]
     names += [f"quality_kernel<{dtype}, {16 + variant}>" for variant in (1, 2, 5, 6, 9, 10)]
-    names += [f"distribution_kernel<{dtype}, {bins}>" for bins in (0, 8, 16, 17, 33)]
+    names += [f"distribution_kernel<{dtype}, {bins}>" for bins in (0, 1, 8, 16, 17, 33)]
     for name in names:
         try:
             (info,) = ptxsim.ptxas_info(ptx(name)).values()

@@ -20,6 +20,8 @@ def z(*shape, dtype=torch.float32):
     return torch.zeros(shape, dtype=dtype)
 
 
+STATISTICS = gfl_kernels.distribution_statistics
+MOMENTS = gfl_kernels.distribution_moments
 GOOD = (label(), z(3))
 EXPLICIT = (label(), z(3), z(3))
 
@@ -289,6 +291,18 @@ CASES = [
     (integral, (z(3, 5),), {"bins": z(5).to("meta")}, ValueError, ["bins", "cpu", "meta"]),
     (integral, (z(3, 5),), {"bin_dim": -4}, ValueError, ["bin_dim", "[-2, 1]", "-4"]),
     (integral, (z(3, 5, 2),), {"bins": z(2), "bin_dim": 1}, ValueError, ["bins", "(5,)", "(2,)"]),
+    (integral, (z(3, 5),), {"mode": "median"}, ValueError, ["mode", "mean", "peak", "'median'"]),
+    (integral, (z(3, 5),), {"window": -1}, ValueError, ["window", ">= 0", "-1"]),
+    (integral, (z(3, 5),), {"window": 1.5}, TypeError, ["window", "int", "float"]),
+    # statistics and moments
+    (STATISTICS, ([0.0],), {}, TypeError, ["pred", "Tensor", "list"]),
+    (STATISTICS, (z(3, 5),), {"topk": 0}, ValueError, ["topk", "[1, 5]", "0"]),
+    (STATISTICS, (z(3, 5),), {"topk": 6}, ValueError, ["topk", "[1, 5]", "6"]),
+    (STATISTICS, (z(3, 5),), {"topk": 2.0}, TypeError, ["topk", "int", "float"]),
+    (STATISTICS, (z(3, 5),), {"topk": True}, TypeError, ["topk", "int", "bool"]),
+    (STATISTICS, (z(3, 5),), {"bin_dim": 2}, ValueError, ["bin_dim", "[-2, 1]", "2"]),
+    (MOMENTS, (z(3, 5, dtype=torch.int64),), {}, TypeError, ["pred", "float", "int64"]),
+    (MOMENTS, (z(3, 5),), {"bins": z(4)}, ValueError, ["bins", "(5,)", "(4,)"]),
 ]
 
 
@@ -366,6 +380,12 @@ def test_ops_refuse_what_would_break_memory(native):
         torch.ops.gfl_kernels.integral_forward(z(3, 5), z(4))
     with pytest.raises((RuntimeError, ValueError), match=r"must have"):
         torch.ops.gfl_kernels.integral_backward(z(2), z(3, 5), None)
+    with pytest.raises((RuntimeError, ValueError), match=r"topk is larger"):
+        torch.ops.gfl_kernels.statistics_forward(z(3, 5), 6, True)
+    with pytest.raises((RuntimeError, ValueError), match=r"must have"):
+        torch.ops.gfl_kernels.statistics_backward(z(3, 4), z(3, 5), 4, True)
+    with pytest.raises((RuntimeError, ValueError), match=r"must have"):
+        torch.ops.gfl_kernels.moments_backward(z(3), z(3, 5), None)
     with pytest.raises((RuntimeError, ValueError), match=r"must have"):
         torch.ops.gfl_kernels.quality_backward(
             z(2), z(3, 4), label(3), z(3), None, None, 0, 2.0, 1.0, 0

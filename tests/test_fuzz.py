@@ -240,7 +240,13 @@ def test_integral(data):
         y = data.draw(strided(y.to(data.draw(ANY_FLOAT, "bins dtype"))), "bins")
     scale = float(bins if y is None else max(1.0, y.double().abs().max()))
     upstream = random_upstream(integral(pred, bins=y, bin_dim=dim))
-    check_op("integral", pred, bins=y, bin_dim=dim, upstream=upstream, scale=scale)
+    kwargs = {"bins": y, "bin_dim": dim, "scale": scale}
+    check_op("integral", pred, upstream=upstream, **kwargs)
+    window = data.draw(st.integers(0, 3), "window")
+    check_op("integral", pred, upstream=upstream, mode="peak", window=window, **kwargs)
+    check_op("moments", pred, **kwargs)
+    topk = data.draw(st.integers(1, min(bins, 6)), "topk")
+    check_op("statistics", pred, topk=topk, add_mean=data.draw(st.booleans()), bin_dim=dim)
 
 
 @hypothesis.settings(max_examples=EXAMPLES)

@@ -139,6 +139,11 @@ def test_distribution_widths_and_heights(backend, dtype):
             poison_for(pred)
             check_op("integral", pred, scale=bins, what="odd")
             check_op("integral", pred, bins=torch.linspace(-3, 5, bins), scale=5, what="odd")
+            check_op("integral", pred, scale=bins, mode="peak", what="odd")
+            poison_for(pred)
+            check_op("statistics", pred, topk=1 + rows % bins, what="odd")
+            poison_for(pred)
+            check_op("moments", pred, scale=bins, what="odd")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -18,6 +18,8 @@ from compiled_cases import (  # noqa: F401
     test_head_varifocal_gamma,
     test_integral,
     test_integral_of_given_bins,
+    test_moments,
+    test_peak,
     test_quality_beta,
     test_quality_dense_with_weights,
     test_quality_float64,
@@ -27,6 +29,10 @@ from compiled_cases import (  # noqa: F401
     test_quality_probabilities_of_many_classes,
     test_quality_rows_that_begin_anywhere,
     test_quality_sparse,
+    test_statistics,
+    test_statistics_bins,
+    test_summaries_layouts,
+    test_summaries_move_what_they_must,
 )
 from support import INTERPRETED, bin_target, logits, sparse_target
 from test_head import LAYOUTS, scene

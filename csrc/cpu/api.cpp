@@ -73,6 +73,11 @@ double scale_of(double scale, const gfl_view* avg_factor) {
   fail("avg_factor has an unknown dtype");
 }
 
+int64_t most_rows(const QualityProblem& q) {
+  return in_planes(q) ? kPlaneRows : kBlock / q.classes;
+}
+int64_t most_rows(const DistributionProblem& d) { return kBlock / d.bins; }
+
 // Rows of a block: blocks of about the same size, at most `most` rows, that end where vectors and
 // the kernels' groups of rows do.
 int64_t rows_of_block(int64_t length, int64_t most) {
@@ -85,17 +90,17 @@ int64_t rows_of_block(int64_t length, int64_t most) {
 // Runs kernel over all rows, block by block, and adds the blocks' sums in their order.
 template <typename P, typename... Operands>
 double run_blocks(double (*kernel)(const P&, int64_t, int64_t, void*), const P& problem,
-                  int64_t columns, int64_t block, Operands P::*... operands) {
+                  int64_t columns, Operands P::*... operands) {
   const int inner = problem.ndim - 1;
   const int64_t length = problem.size[inner];
   int64_t outer = 1;
   for (int d = 0; d < inner; ++d) outer *= problem.size[d];
-  const int64_t step = rows_of_block(length, std::max<int64_t>(1, block));
+  const int64_t step = rows_of_block(length, std::max<int64_t>(1, most_rows(problem)));
   const int64_t per_run = (length + step - 1) / step, blocks = outer * per_run;
   if (blocks == 0) return 0;
 
   const auto body = [&](int64_t begin, int64_t end, double* sums) {
-    void* const scratch = thread_scratch(scratch_bytes(columns));
+    void* const scratch = thread_scratch(scratch_bytes(problem));
     P moved = problem;
     for (int64_t b = begin; b < end; ++b) {
       int64_t rest = b / per_run;
@@ -128,6 +133,27 @@ double run_blocks(double (*kernel)(const P&, int64_t, int64_t, void*), const P& 
   return total;
 }
 
+// bins: their values, or null for 0, 1, 2, ...
+void run_summary(DistributionProblem d, const gfl_view* bins) {
+  // The kernels want the bins' values packed and in the type they compute in.
+  const bool wide = d.pred.dtype == GFL_FLOAT64;
+  std::vector<double> values(d.bins);
+  for (int64_t k = 0; k < d.bins; ++k) {
+    if (bins) {
+      const int64_t at = k * bins->strides[0];
+      values[k] = wide ? static_cast<const double*>(bins->data)[at]
+                       : static_cast<const float*>(bins->data)[at];
+    } else {
+      values[k] = static_cast<double>(k);
+    }
+  }
+  std::vector<float> floats(values.begin(), values.end());
+  d.values.data =
+      wide ? reinterpret_cast<char*>(values.data()) : reinterpret_cast<char*>(floats.data());
+  using D = DistributionProblem;
+  run_blocks(table().distribution, d, d.bins, &D::pred, &D::grad_loss, &D::loss, &D::grad);
+}
+
 void write_scalar(const gfl_view* view, double value) {
   if (view->dtype == GFL_FLOAT64) {
     *static_cast<double*>(view->data) = value;
@@ -156,9 +182,8 @@ const KernelTable& table() {
 
 double run_quality(const QualityProblem& q) {
   using Q = QualityProblem;
-  const int64_t block = in_planes(q) ? kPlaneRows : kBlock / q.classes;
-  return run_blocks(table().quality, q, q.classes, block, &Q::pred, &Q::target, &Q::score,
-                    &Q::weight, &Q::grad_loss, &Q::loss, &Q::grad);
+  return run_blocks(table().quality, q, q.classes, &Q::pred, &Q::target, &Q::score, &Q::weight,
+                    &Q::grad_loss, &Q::loss, &Q::grad);
 }
 
 }  // namespace gfl
@@ -179,36 +204,26 @@ extern "C" int gfl_distribution_cpu(const gfl_distribution_args* args) {
     DistributionProblem d = describe("gfl_distribution_cpu", *args);
     d.scale = scale_of(args->scale, args->avg_factor);
     using D = DistributionProblem;
-    const double sum = run_blocks(table().distribution, d, d.bins, kBlock / d.bins, &D::pred,
-                                  &D::target, &D::weight_left, &D::weight_right, &D::weight,
-                                  &D::grad_loss, &D::loss, &D::grad);
+    const double sum =
+        run_blocks(table().distribution, d, d.bins, &D::pred, &D::target, &D::weight_left,
+                   &D::weight_right, &D::weight, &D::grad_loss, &D::loss, &D::grad);
     if (args->loss && args->loss->ndim == 0) write_scalar(args->loss, sum * d.scale);
   });
 }
 
 extern "C" int gfl_integral_cpu(const gfl_integral_args* args) {
-  using namespace gfl;
-  return guarded([&] {
-    DistributionProblem d = describe("gfl_integral_cpu", *args);
-    // The kernels want the bins' values packed and in the type they compute in.
-    const bool wide = d.pred.dtype == GFL_FLOAT64;
-    std::vector<double> values(d.bins);
-    for (int64_t k = 0; k < d.bins; ++k) {
-      if (const gfl_view* const bins = args->bins) {
-        const int64_t at = k * bins->strides[0];
-        values[k] = wide ? static_cast<const double*>(bins->data)[at]
-                         : static_cast<const float*>(bins->data)[at];
-      } else {
-        values[k] = static_cast<double>(k);
-      }
-    }
-    std::vector<float> floats(values.begin(), values.end());
-    d.values.data =
-        wide ? reinterpret_cast<char*>(values.data()) : reinterpret_cast<char*>(floats.data());
-    using D = DistributionProblem;
-    run_blocks(table().distribution, d, d.bins, kBlock / d.bins, &D::pred, &D::grad_loss, &D::loss,
-               &D::grad);
-  });
+  return gfl::guarded(
+      [&] { gfl::run_summary(gfl::describe("gfl_integral_cpu", *args), args->bins); });
+}
+
+extern "C" int gfl_statistics_cpu(const gfl_statistics_args* args) {
+  return gfl::guarded(
+      [&] { gfl::run_summary(gfl::describe("gfl_statistics_cpu", *args), nullptr); });
+}
+
+extern "C" int gfl_moments_cpu(const gfl_moments_args* args) {
+  return gfl::guarded(
+      [&] { gfl::run_summary(gfl::describe("gfl_moments_cpu", *args), args->bins); });
 }
 
 extern "C" const char* gfl_last_error(void) { return gfl::last_error.c_str(); }

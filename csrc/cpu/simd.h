@@ -133,6 +133,30 @@ template <typename T>
 GFL_INLINE T reciprocal(T x) {
   return scalar_t<T>(1) / x;
 }
+GFL_INLINE F32 square_root(F32 x) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+#elif defined(__AVX2__)
+  return (F32)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+  return (F32)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+GFL_INLINE F64 square_root(F64 x) {
+#if defined(__AVX512F__)
+  return (F64)_mm512_maskz_sqrt_pd(0xff, (__m512d)x);
+#elif defined(__AVX2__)
+  return (F64)_mm256_sqrt_pd((__m256d)x);
+#elif defined(__SSE2__)
+  return (F64)_mm_sqrt_pd((__m128d)x);
+#else
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+#endif
+}
 // floor for |t| < 2^22.
 template <typename T>
 GFL_INLINE T floor_small(T t) {
@@ -229,6 +253,7 @@ struct Broadcast<Wide<V, n>> {
 GFL_WIDE_FUNCTION(negative_abs)
 GFL_WIDE_FUNCTION(shift_exponent)
 GFL_WIDE_FUNCTION(reciprocal)
+GFL_WIDE_FUNCTION(square_root)
 #undef GFL_WIDE_FUNCTION
 
 template <typename V, int n>

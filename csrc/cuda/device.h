@@ -58,6 +58,8 @@ GFL_DEVICE double split_mantissa(double v, double* n) {
 GFL_DEVICE float floor_small(float t) { return floorf(t); }
 GFL_DEVICE double floor_small(double t) { return floor(t); }
 GFL_DEVICE double reciprocal(double x) { return 1 / x; }
+GFL_DEVICE float square_root(float x) { return sqrtf(x); }
+GFL_DEVICE double square_root(double x) { return sqrt(x); }
 
 #if defined(GFL_APPROXIMATE)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from .distribution import (
-    distribution_backward,
-    distribution_forward,
-    integral_backward,
-    integral_forward,
-)
+from .distribution import distribution_backward, distribution_forward
 from .head import head_backward, head_boxes, head_forward
 from .quality import quality_backward, quality_forward
+from .statistics import (
+    integral_backward,
+    integral_forward,
+    moments_backward,
+    moments_forward,
+    statistics_backward,
+    statistics_forward,
+)
 
 __all__ = [
     "distribution_backward",
@@ -19,6 +22,10 @@ __all__ = [
     "head_forward",
     "integral_backward",
     "integral_forward",
+    "moments_backward",
+    "moments_forward",
     "quality_backward",
     "quality_forward",
+    "statistics_backward",
+    "statistics_forward",
 ]

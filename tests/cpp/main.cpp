@@ -165,6 +165,64 @@ void integral() {
   }
 }
 
+// The two highest p and their mean; g_z = p (g_p - sum g_p p).
+void statistics() {
+  constexpr int K = 4;
+  float z[K] = {0.5f, 3.0f, -1.0f, 2.0f};
+  float upstream[3] = {1.0f, -0.5f, 0.25f};
+  float value[3], grad[K];
+  View pred(z, GFL_FLOAT32, {1, K}), grad_out(upstream, GFL_FLOAT32, {1, 3}),
+      out(value, GFL_FLOAT32, {1, 3}), g(grad, GFL_FLOAT32, {1, K});
+  gfl_statistics_args args = {};
+  args.pred = pred.get();
+  args.grad_out = grad_out.get();
+  args.out = out.get();
+  args.grad = g.get();
+  args.topk = 2;
+  args.add_mean = 1;
+  require_ok(gfl_statistics_cpu(&args));
+  const std::vector<double> p = softmax(z, K);
+  expect("statistics", value[0], p[1]);
+  expect("statistics", value[1], p[3]);
+  expect("statistics", value[2], (p[1] + p[3]) / 2);
+  const double by_p[K] = {0, upstream[0] + upstream[2] / 2, 0, upstream[1] + upstream[2] / 2};
+  for (int k = 0; k < K; ++k) {
+    expect("statistics gradient", grad[k], p[k] * (by_p[k] - by_p[1] * p[1] - by_p[3] * p[3]));
+  }
+}
+
+// E, sqrt(V) and H; of the first two, g_z = p ((y - E) g_E + ((y - E)^2 - V) / (2 sqrt(V)) g_std).
+void moments() {
+  constexpr int K = 4;
+  float z[K] = {0.5f, 3.0f, -1.0f, 2.0f}, y[K] = {-1.0f, 0.0f, 2.0f, 5.0f};
+  float upstream[3] = {1.0f, -0.5f, 0.0f};
+  float value[3], grad[K];
+  View pred(z, GFL_FLOAT32, {1, K}), bins(y, GFL_FLOAT32, {K}),
+      grad_out(upstream, GFL_FLOAT32, {1, 3}), out(value, GFL_FLOAT32, {1, 3}),
+      g(grad, GFL_FLOAT32, {1, K});
+  gfl_moments_args args = {};
+  args.pred = pred.get();
+  args.bins = bins.get();
+  args.grad_out = grad_out.get();
+  args.out = out.get();
+  args.grad = g.get();
+  require_ok(gfl_moments_cpu(&args));
+  const std::vector<double> p = softmax(z, K);
+  double mean = 0, variance = 0, entropy = 0;
+  for (int k = 0; k < K; ++k) mean += p[k] * y[k];
+  for (int k = 0; k < K; ++k) variance += p[k] * (y[k] - mean) * (y[k] - mean);
+  for (int k = 0; k < K; ++k) entropy -= p[k] * std::log(p[k]);
+  const double std = std::sqrt(variance);
+  expect("mean", value[0], mean);
+  expect("standard deviation", value[1], std);
+  expect("entropy", value[2], entropy);
+  for (int k = 0; k < K; ++k) {
+    const double away = y[k] - mean;
+    const double slope = upstream[0] * away + upstream[1] * (away * away - variance) / (2 * std);
+    expect("moments gradient", grad[k], p[k] * slope);
+  }
+}
+
 // Two anchors of equal logits, one positive whose box is the target: IoU 1, GIoU loss 0, log K a
 // side; every class at |s - q| = 1 / 2 and log 2.
 void head() {
@@ -259,6 +317,8 @@ int main() {
   quality();
   distribution();
   integral();
+  statistics();
+  moments();
   head();
   refusal();
   std::printf("gfl_kernels %s on %s: worst error %.2g\n", gfl_version(), isa, worst_error);
