@@ -49,6 +49,11 @@ WORK = {
     ("qfl", "sparse"): _loss(lambda n, c, b: 8 + b),  # int64 label, score in the logits' dtype
     ("qfl", "dense"): _loss(lambda n, c, b: c * b),
     ("qfl", "probability"): _loss(lambda n, c, b: 8 + b),
+    ("vfl", "dense"): _loss(lambda n, c, b: c * b),
+    ("vfl", "sparse"): _loss(lambda n, c, b: 8 + b),
+    ("focal", "dense"): _loss(lambda n, c, b: c * b),
+    ("focal", "sparse"): _loss(lambda n, c, b: 8),
+    ("mal", "sparse"): _loss(lambda n, c, b: 8 + b),
     ("dfl", ""): _loss(lambda n, c, b: 4),  # float32 also with half logits
     ("integral", ""): Work(
         targets=lambda n, c, b: 0,
@@ -134,6 +139,12 @@ CASES = (
     Case("qfl", "sparse", (COCO, 80), "float16", "COCO"),
     Case("qfl", "dense", (COCO_LARGE, 80), "bfloat16", "COCO"),
     Case("qfl", "dense", (COCO_LARGE, 80), "float16", "COCO"),
+    # The rest of the quality family, as hosts call it: without row weights.
+    Case("vfl", "dense", (COCO, 80), note="VFNet, PicoDet", weighted=False),
+    Case("vfl", "sparse", (COCO, 80), note="RT-DETR, D-FINE", weighted=False),
+    Case("focal", "dense", (COCO, 80), note="torchvision", weighted=False),
+    Case("focal", "sparse", (COCO, 80), note="labels", weighted=False),
+    Case("mal", "sparse", (COCO, 80), note="DEIM", weighted=False),
     DFL_LARGE,
     Case("dfl", "", (SIDES, 16)),
     Case("dfl", "", (SIDES, 8)),
