@@ -107,6 +107,10 @@ CASES = (
 )
 FULL_CASES = (
     *CASES,
+    *(
+        Case(op, form, (ANCHORS, 80), passes=_BOTH, weighted=False)
+        for op, form in (("vfl", "dense"), ("vfl", "sparse"), ("focal", "dense"), ("mal", "sparse"))
+    ),
     _qfl("dense", (ANCHORS, 80), "float16"),
     _qfl("sparse", NCHW, "float16", note="stride 8"),
     _qfl("probability", (ANCHORS, 80), "bfloat16", note="GFLv2's joint score"),

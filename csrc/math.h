@@ -341,7 +341,8 @@ GFL_HD LossGrad<T> bce_loss_grad(T p, T q) {
   return {b, select(beyond, zeros, d * reciprocal(spread))};
 }
 
-// Quality Focal Loss on probabilities:  L = |d|^beta B, d = p - q, B as above.  kBackground: q is 0.
+// Quality Focal Loss on probabilities:  L = |d|^beta B, d = p - q, B as above.  kBackground: q is
+// 0.
 template <bool kBackground = false, typename T>
 GFL_HD LossGrad<T> quality_probability_loss_grad(T p, T q, scalar_t<T> beta) {
   const LossGrad<T> b = bce_loss_grad<kBackground>(p, q);
@@ -471,8 +472,8 @@ GFL_HD LossGrad<T> focal_loss_grad(T x, T y, scalar_t<T> alpha, scalar_t<T> gamm
   } else {
     const auto zero = m < smallest<S>();
     const T safe = select(zero, broadcast<T>(S(1)), m);
-    power = select(zero, broadcast<T>(gamma == S(0) ? S(1) : S(0)),
-                   pow_abs(logarithm(safe), gamma));
+    power =
+        select(zero, broadcast<T>(gamma == S(0) ? S(1) : S(0)), pow_abs(logarithm(safe), gamma));
     slope = power * select(tau == S(0), c.r, select(zero, zeros, c.ds / safe)) * gamma;
   }
   const T factor = focal_alpha(y, alpha);

@@ -73,8 +73,8 @@ constexpr bool on_probabilities(int form) {
          form == GFL_FOCAL_PROBABILITIES;
 }
 constexpr bool has_positives(int form) {
-  return form == GFL_VARIFOCAL || form == GFL_VARIFOCAL_PROBABILITIES ||
-         form == GFL_MATCHABILITY || form == GFL_IOU_AWARE;
+  return form == GFL_VARIFOCAL || form == GFL_VARIFOCAL_PROBABILITIES || form == GFL_MATCHABILITY ||
+         form == GFL_IOU_AWARE;
 }
 
 int64_t element_bytes(gfl_dtype dtype);

@@ -173,8 +173,7 @@ void plan_quality(const QualityProblem& q, bool sum, QualityShape* s, Launch* la
                  (q.target.dtype == q.pred.dtype || q.target.dtype == GFL_FLOAT32));
   if (layout < 0 || !same || !target_fits || q.pred.dtype == GFL_FLOAT64 ||
       (q.form == GFL_PROBABILITIES && has_loss && q.grad.data) || q.form > GFL_PROBABILITIES ||
-      q.beta != 2 ||
-      q.weight_per_class || q.classes > kSmall / 4 ||
+      q.beta != 2 || q.weight_per_class || q.classes > kSmall / 4 ||
       !simple(s->rows,
               {&s->pred, &s->target, &s->score, &s->weight, &s->upstream, &s->loss, &s->grad})) {
     set_kernel(launch, kQualityGeneralKernel, q.pred.dtype);

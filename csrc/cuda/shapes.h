@@ -35,9 +35,9 @@ struct Scale {
   int32_t avg_dtype;
 };
 
-// Quality family. quality_kernel is for Quality Focal Loss with beta = 2 and takes its kind of problem from its template
-// (of probabilities, loss or gradient: no training step asks for both at once);
-// quality_general_kernel takes whatever there is.
+// Quality family. quality_kernel is for Quality Focal Loss with beta = 2 and takes its kind of
+// problem from its template (of probabilities, loss or gradient: no training step asks for both at
+// once); quality_general_kernel takes whatever there is.
 enum QualityVariant { kLoss = 1, kGrad = 2, kDense = 4, kPlanes = 8, kProbabilities = 16 };
 constexpr int kQualityThreads = 256;
 constexpr int kPlaneRowFloats = 4;  // of shared memory, for each row of a tile of kPlanes

@@ -15,14 +15,12 @@ import triton.language as tl
 
 from ..reference import (
     BALANCED,
-    DETACH_WEIGHT,
     FOCAL,
     FOCAL_PROBABILITIES,
     IOU_AWARE,
     LOGITS,
     MATCHABILITY,
     PROBABILITIES,
-    UNIT_POSITIVES,
     VARIFOCAL,
     VARIFOCAL_PROBABILITIES,
 )
@@ -34,8 +32,6 @@ VARIFOCAL_PROBABILITIES_FORM = tl.constexpr(VARIFOCAL_PROBABILITIES)
 FOCAL_FORM, FOCAL_PROBABILITIES_FORM = tl.constexpr(FOCAL), tl.constexpr(FOCAL_PROBABILITIES)
 MATCHABILITY_FORM, IOU_AWARE_FORM = tl.constexpr(MATCHABILITY), tl.constexpr(IOU_AWARE)
 BALANCED_FORM = tl.constexpr(BALANCED)
-DETACH_WEIGHT_FLAG = tl.constexpr(DETACH_WEIGHT)
-UNIT_POSITIVES_FLAG = tl.constexpr(UNIT_POSITIVES)
 
 # Exponential and logarithm
 
@@ -520,7 +516,8 @@ def form_loss_grad(
     beta,
     BACKGROUND: tl.constexpr,
     FORM: tl.constexpr,
-    FLAGS: tl.constexpr,
+    DETACHED: tl.constexpr,
+    UNIT: tl.constexpr,
     SQUARE: tl.constexpr,
     FAST: tl.constexpr,
     HALF: tl.constexpr,
@@ -529,10 +526,8 @@ def form_loss_grad(
     varifocal forms is that of a positive; q is 0 elsewhere. beta is the exponent, which papers call
     gamma too.
 
-    SQUARE: beta is 2. BACKGROUND: q is 0 and nothing is positive.
+    SQUARE: beta is 2. BACKGROUND: q is 0 and nothing is positive. DETACHED, UNIT: the flags.
     """
-    DETACHED: tl.constexpr = (FLAGS & DETACH_WEIGHT_FLAG) != 0
-    UNIT: tl.constexpr = (FLAGS & UNIT_POSITIVES_FLAG) != 0
     if FORM == PROBABILITIES_FORM:
         return quality_probability_loss_grad(x, q, beta, SQUARE, BACKGROUND, FAST)
     elif FORM == VARIFOCAL_PROBABILITIES_FORM:

@@ -8,10 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import (
+    DETACH_WEIGHT,
     FOCAL,
     FOCAL_PROBABILITIES,
     LOGITS,
     PROBABILITIES,
+    UNIT_POSITIVES,
     VARIFOCAL,
     VARIFOCAL_PROBABILITIES,
 )
@@ -99,7 +101,8 @@ def quality_rows(
     RUNS: tl.constexpr,
     CLAMPED: tl.constexpr,
     FORM: tl.constexpr,
-    FLAGS: tl.constexpr,
+    DETACHED: tl.constexpr,
+    UNIT: tl.constexpr,
     SQUARE: tl.constexpr,
     WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
@@ -131,7 +134,18 @@ def quality_rows(
         label_at = in_matrix(pred, outer, middle, row, label, PRED_CONTIGUOUS, PRED_UNIT)
         x_label = tl.load(label_at, mask=has_label, other=0).to(ACC)
         label_loss, label_grad = form_loss_grad(
-            x_label, quality, has_label, alpha, beta, False, FORM, FLAGS, SQUARE, FAST, HALF
+            x_label,
+            quality,
+            has_label,
+            alpha,
+            beta,
+            False,
+            FORM,
+            DETACHED,
+            UNIT,
+            SQUARE,
+            FAST,
+            HALF,
         )
         label_loss = tl.where(has_label, label_loss, 0.0)
         label_grad = tl.where(has_label, label_grad, 0.0)
@@ -177,7 +191,7 @@ def quality_rows(
                 q = tl.where(here, quality[:, None], 0.0)
                 positive = here & read[:, None]
         element, g = form_loss_grad(
-            x, q, positive, alpha, beta, LABEL_APART, FORM, FLAGS, SQUARE, FAST, HALF
+            x, q, positive, alpha, beta, LABEL_APART, FORM, DETACHED, UNIT, SQUARE, FAST, HALF
         )
         if LABEL_APART and grad[0] is not None:
             g = tl.where(here, label_grad[:, None], g)
@@ -246,7 +260,8 @@ def quality_kernel(
     UNROLL: tl.constexpr,
     RUNS: tl.constexpr,
     FORM: tl.constexpr,
-    FLAGS: tl.constexpr,
+    DETACHED: tl.constexpr,
+    UNIT: tl.constexpr,
     SQUARE: tl.constexpr,  # beta is 2
     WEIGHT: tl.constexpr,  # ABSENT, SCALAR, PER_ROW or PER_ELEMENT, as the next two
     LOSS: tl.constexpr,
@@ -321,7 +336,8 @@ def quality_kernel(
         RUNS,
         CLAMPED,
         FORM,
-        FLAGS,
+        DETACHED,
+        UNIT,
         SQUARE,
         WEIGHT,
         LOSS != 0,
@@ -467,7 +483,8 @@ def _launch(
             UNROLL=shape.unroll,
             maxnreg=64 if pred.dtype is not torch.float64 else None,
             FORM=form,
-            FLAGS=flags,
+            DETACHED=bool(flags & DETACH_WEIGHT),
+            UNIT=bool(flags & UNIT_POSITIVES),
             SQUARE=square,
             WEIGHT=(
                 ABSENT if weight is None else PER_ELEMENT if weight.dim() == pred.dim() else PER_ROW
