@@ -101,7 +101,8 @@ def quality_loss_probability(p: Tensor, q: Tensor, beta: float) -> Tensor:
 
 def balance(q: Tensor, alpha: float) -> Tensor:
     """The factor that weighs positives, q > 0, against the rest: alpha, 1 - alpha."""
-    return torch.where(q > 0, alpha, 1 - alpha)
+    # Of two numbers torch.where would make float32.
+    return torch.where(q > 0, torch.full_like(q, alpha), 1 - alpha)
 
 
 def varifocal_loss(

@@ -80,7 +80,7 @@ FAMILY = {
     "focal_probability": ("focal", {"activated": True}),
     "matchability": ("matchability", {}),
     "ia_bce": ("ia_bce", {}),
-    "position_supervised": ("balanced", {"alpha": 0.25}),
+    "position_supervised": ("balanced", {"alpha": 0.3}),
 }
 PUBLIC["balanced"] = gfl_kernels.quality_focal_loss
 ORACLE["balanced"] = on_reference(gfl_kernels.quality_focal_loss)

@@ -704,11 +704,14 @@ class _Step(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.quality = gfl_kernels.QualityFocalLoss()
+        self.varifocal = gfl_kernels.VarifocalLoss()
+        self.focal = gfl_kernels.FocalLoss(reduction="none")
         self.distribution = gfl_kernels.DistributionFocalLoss(loss_weight=0.25)
         self.integral = gfl_kernels.Integral(8)
 
     def forward(self, pred, label, score, sides, position):
         loss = self.quality(pred, (label, score), avg_factor=3.0)
+        loss = loss + self.varifocal(pred, (label, score)) + self.focal(pred, label).sum()
         loss = loss + self.distribution(sides.reshape(-1, 9), position)
         return loss, self.integral(sides)
 

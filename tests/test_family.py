@@ -87,7 +87,7 @@ def ia_bce(x, y, q, alpha, gamma):  # RF-DETR, detrex's align_detr
 
 
 def position_supervised(x, y, q, alpha, gamma):  # RF-DETR, Stable-DINO
-    alpha_t = alpha * (q > 0) + (1 - alpha) * (q <= 0)
+    alpha_t = alpha * (q > 0).double() + (1 - alpha) * (q <= 0).double()
     return alpha_t * bce(x, q, reduction="none") * (x.sigmoid() - q).abs().pow(gamma)
 
 

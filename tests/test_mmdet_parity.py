@@ -282,7 +282,10 @@ def test_large_logits(backend, mmdet, dtype):
     compare(mmdet.QualityFocalLoss(), gfl_kernels.QualityFocalLoss(), pred, target)
 
 
-@pytest.mark.parametrize("name", ["QualityFocalLoss", "DistributionFocalLoss", "Integral"])
+@pytest.mark.parametrize(
+    "name",
+    ["QualityFocalLoss", "VarifocalLoss", "FocalLoss", "DistributionFocalLoss", "Integral"],
+)
 def test_signatures_and_state(mmdet, name):
     """Names, order, defaults and kinds of every parameter; attributes a config reads; state_dict
     keys.
