@@ -324,7 +324,7 @@ def inputs(name, rows, classes, *, dtype=torch.float32, device="cpu", seed=0):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 def test_no_worse_than_eager(backend, name, dtype):
-    for classes, rows in combinations((1, 3, 17, 80), (7, 64, 333)):
+    for classes, rows in combinations((1, 17, 80), (7, 150)):
         op, kwargs, pred = inputs(name, rows, classes, dtype=dtype, device=backend.device)
         scale = 50.0 if kwargs.get("activated") else 1.0
         sparse = sparse_target((rows,), classes, device=backend.device)
@@ -495,21 +495,14 @@ def test_infinite_logits_where_the_loss_is_defined(backend, name):
 
 def test_sums_of_many_rows(fused):
     """Rows shared between threads, most of them background: the paths of tiles without a label."""
-    rows = 500 if INTERPRETED else 9000
-    for name in NAMES:
+    rows = 500 if INTERPRETED else 2000
+    for name in ("varifocal", "focal", "matchability", "position_supervised"):
         op, kwargs, pred = inputs(name, rows, 80, device=fused.device)
         label, score = sparse_target((rows,), 80, device=fused.device)
         label = torch.where(torch.arange(rows, device=fused.device) % 50 == 0, label, 80)
         weight = row_weight((rows,), device=fused.device)
-        options = {
-            "reduction": "mean",
-            "avg_factor": 17.0,
-            "what": name,
-            "grad_scale": 50.0,
-            **kwargs,
-        }
-        check_op(op, pred, (label, score), **options)
-        check_op(op, pred, (label, score), weight=weight, **options)
+        options = {"reduction": "mean", "avg_factor": 17.0, "weight": weight, **kwargs}
+        check_op(op, pred, (label, score), what=name, **options)
 
 
 # ---- modules
