@@ -421,6 +421,7 @@ def test_saved_tensors_are_not_written_and_are_few(backend, name):
     if backend.fused:
         bound = leaf.numel() * leaf.element_size()
         bound *= 2 if name == "quality_probability" else 1  # sigmoid saves its own result, once
+        bound += 4 if name == "focal_labels_mean" else 0  # labels alone have a score of 1
         assert extra <= bound, f"{extra} bytes saved beyond the inputs, allowed {bound}"
     torch.autograd.grad(value, leaf, random_upstream(value), retain_graph=True)
     torch.autograd.grad(value, leaf, torch.ones_like(value), retain_graph=True)
@@ -463,9 +464,9 @@ def test_memory_saved_for_each_dtype(fused):
             sizes.pop(leaf.untyped_storage().data_ptr(), None)
             for cell in _tensors_of(function):
                 sizes.pop(cell.cell_contents.untyped_storage().data_ptr(), None)
-            assert sum(sizes.values()) <= leaf.numel() * leaf.element_size(), (
-                f"{name} {dtype}: {sizes}"
-            )
+            bound = leaf.numel() * leaf.element_size()
+            bound += 4 if name == "focal_labels_mean" else 0  # labels alone have a score of 1
+            assert sum(sizes.values()) <= bound, f"{name} {dtype}: {sizes}"
             assert value.requires_grad
 
 

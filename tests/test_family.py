@@ -340,7 +340,7 @@ def test_no_worse_than_eager(backend, name, dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("gamma", [0.5] if INTERPRETED else [0.0, 0.5, 2.0, 3.0])
 def test_every_logit_of_a_fine_grid(backend, name, gamma):
     """All of [-110, 110] against negatives, positives and interior targets, one class a row."""
     op, kwargs, _ = inputs(name, 1, 1)
