@@ -21,6 +21,9 @@ NAMES = {
 }
 FAMILIES = {
     "qfl": "Quality Focal Loss",
+    "vfl": "Varifocal Loss",
+    "focal": "Focal Loss",
+    "mal": "Matchability-Aware Loss",
     "dfl": "Distribution Focal Loss",
     "integral": "Integral",
     "peak": "Integral over the peak",

@@ -6,28 +6,45 @@ from .functional import (
     distribution_focal_loss,
     distribution_moments,
     distribution_statistics,
+    ia_bce_loss,
     integral,
+    matchability_aware_loss,
     quality_focal_loss,
+    sigmoid_focal_loss,
+    varifocal_loss,
 )
 from .head import GFLLossOutput, gfl_loss, task_aligned_loss
-from .modules import DistributionFocalLoss, GFLLoss, Integral, QualityFocalLoss
+from .modules import (
+    DistributionFocalLoss,
+    FocalLoss,
+    GFLLoss,
+    Integral,
+    QualityFocalLoss,
+    VarifocalLoss,
+)
 from .reference import DistributionMoments
 
 __all__ = [
     "DistributionFocalLoss",
     "DistributionMoments",
+    "FocalLoss",
     "GFLLoss",
     "GFLLossOutput",
     "Integral",
     "QualityFocalLoss",
+    "VarifocalLoss",
     "__version__",
     "backends",
     "distribution_focal_loss",
     "distribution_moments",
     "distribution_statistics",
     "gfl_loss",
+    "ia_bce_loss",
     "integral",
+    "matchability_aware_loss",
     "quality_focal_loss",
+    "sigmoid_focal_loss",
     "task_aligned_loss",
     "use_backend",
+    "varifocal_loss",
 ]

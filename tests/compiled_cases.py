@@ -7,6 +7,7 @@ device whose backend is forced.
 import pytest
 import torch
 from support import (
+    FAMILY,
     FLOATS,
     HALF,
     PUBLIC,
@@ -119,6 +120,21 @@ def test_quality_dense_with_weights(compiled):
     weight = row_weight((2, 5, 7, 20)).movedim(-1, 1)
     check_op("quality", laid.pred, target, weight=weight, class_dim=1)
     check_op("quality", logits(70, 16), dense_target((70,), 16, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_family(compiled, name):
+    """One kind of target each, a compilation taking seconds: labels apart from the background or,
+    of few classes, not; dense. Interpreted there are all of them for each."""
+    op, kwargs = FAMILY[name]
+    kind = list(FAMILY).index(name) % 3
+    classes = (40, 5, 16)[kind]
+    x = logits(37, classes)
+    if kwargs.get("activated"):
+        x = x.double().sigmoid().clamp(0.02, 0.98).float()
+    target = dense_target((37,), classes) if kind == 2 else sparse_target((37,), classes)
+    options = {"weight": row_weight((37,)), "reduction": "mean", "avg_factor": 5.0}
+    check_op(op, x, target, grad_scale=50.0, what=name, **options, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -287,6 +287,10 @@ def test_public_names():
     assert (PACKAGE / "py.typed").exists()
     for name in (
         "quality_focal_loss",
+        "varifocal_loss",
+        "sigmoid_focal_loss",
+        "matchability_aware_loss",
+        "ia_bce_loss",
         "distribution_focal_loss",
         "integral",
         "gfl_loss",
@@ -304,6 +308,8 @@ def test_modules_are_plain():
 
     for module in (
         gfl_kernels.QualityFocalLoss(beta=1.5, loss_weight=2.0),
+        gfl_kernels.VarifocalLoss(alpha=0.5, loss_weight=2.0),
+        gfl_kernels.FocalLoss(gamma=1.5, loss_weight=2.0),
         gfl_kernels.DistributionFocalLoss(loss_weight=0.25),
         gfl_kernels.Integral(7),
     ):

@@ -48,11 +48,13 @@ def mmdet():
     package = pytest.importorskip("mmdet", reason="mmdetection is not installed")
     assert package.__version__ == "3.3.0"
     from mmdet.models.dense_heads import gfl_head
-    from mmdet.models.losses import gfocal_loss
+    from mmdet.models.losses import focal_loss, gfocal_loss, varifocal_loss
 
     return types.SimpleNamespace(
         QualityFocalLoss=gfocal_loss.QualityFocalLoss,
         DistributionFocalLoss=gfocal_loss.DistributionFocalLoss,
+        VarifocalLoss=varifocal_loss.VarifocalLoss,
+        FocalLoss=focal_loss.FocalLoss,
         Integral=gfl_head.Integral,
         GFLHead=gfl_head.GFLHead,
     )
@@ -130,6 +132,51 @@ def test_quality(backend, mmdet, dtype, reduction, avg_factor, form, activated):
         kwargs = factor_of(avg_factor, dtype)
         compare(*modules, pred, target, **kwargs)
         compare(*modules, pred, target, weight=row_weight((rows,), dtype=dtype), **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("reduction, avg_factor", REDUCTIONS, ids=repr)
+def test_varifocal(backend, mmdet, dtype, reduction, avg_factor):
+    pred = logits(60, 17, dtype=dtype, extremes=False)
+    target, weight = dense_target((60,), 17, dtype=dtype), row_weight((60, 17), dtype=dtype)
+    for alpha, gamma, iou_weighted in ((0.75, 2.0, True), (0.5, 1.5, True), (0.75, 2.0, False)):
+        arguments = {
+            "alpha": alpha,
+            "gamma": gamma,
+            "iou_weighted": iou_weighted,
+            "reduction": reduction,
+            "loss_weight": 0.75,
+        }
+        modules = mmdet.VarifocalLoss(**arguments), gfl_kernels.VarifocalLoss(**arguments)
+        kwargs = factor_of(avg_factor, dtype)
+        compare(*modules, pred, target, **kwargs)
+        compare(*modules, pred, target, weight=weight, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("reduction, avg_factor", REDUCTIONS, ids=repr)
+@pytest.mark.parametrize("activated", [False, True])
+def test_focal(backend, mmdet, dtype, reduction, avg_factor, activated):
+    pred = logits(60, 17, dtype=dtype, extremes=False)
+    pred = pred.sigmoid() if activated else pred
+    label = sparse_target((60,), 17)[0]
+    label = torch.where((label < 0) | (label > 17), 17, label)  # upstream's one background
+    one_hot = torch.nn.functional.one_hot(label, 18)[:, :17].to(dtype)
+    for alpha, gamma in ((0.25, 2.0), (0.6, 1.5)):
+        arguments = {
+            "alpha": alpha,
+            "gamma": gamma,
+            "reduction": reduction,
+            "loss_weight": 0.75,
+            "activated": activated,
+        }
+        modules = mmdet.FocalLoss(**arguments), gfl_kernels.FocalLoss(**arguments)
+        kwargs = factor_of(avg_factor, dtype)
+        for target in (label, one_hot):
+            compare(*modules, pred, target, **kwargs)
+        for shape in ((60,), (60, 17), (60 * 17,)):
+            weight = row_weight(shape, dtype=dtype)
+            compare(*modules, pred, label, weight=weight, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -235,7 +282,10 @@ def test_large_logits(backend, mmdet, dtype):
     compare(mmdet.QualityFocalLoss(), gfl_kernels.QualityFocalLoss(), pred, target)
 
 
-@pytest.mark.parametrize("name", ["QualityFocalLoss", "DistributionFocalLoss", "Integral"])
+@pytest.mark.parametrize(
+    "name",
+    ["QualityFocalLoss", "VarifocalLoss", "FocalLoss", "DistributionFocalLoss", "Integral"],
+)
 def test_signatures_and_state(mmdet, name):
     """Names, order, defaults and kinds of every parameter, what upstream has not being given by
     keyword alone; attributes a config reads; state_dict keys.
