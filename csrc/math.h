@@ -410,6 +410,19 @@ GFL_HD T decode_side(int side, T point, T distance) {
   return side < 2 ? point - distance : point + distance;
 }
 
+// x clamped into [0, limit], the image. NaN stays NaN.
+template <typename T>
+GFL_HD T clip_coordinate(T x, T limit) {
+  using S = scalar_t<T>;
+  return select(x < S(0), broadcast<T>(S(0)), select(x > limit, limit, x));
+}
+
+// Whether x comes before the highest logit so far: it is larger, or the first NaN.
+template <typename T>
+GFL_HD auto surpasses(T x, T high) {
+  return (x > high) | ((x != x) & (high == high));
+}
+
 // The distance of a box's coordinate from a point's, < 0 on its wrong side.
 template <typename T>
 GFL_HD T side_distance(int side, T point, T coordinate) {

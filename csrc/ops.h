@@ -3,7 +3,7 @@
 //
 //   explicit Device(const Tensor& pred);        pred's device is the current one while this lives
 //   Place place() const;                        where outputs are allocated
-//   int run(const gfl_quality_args&) const;     and the same for the other two
+//   int run(const gfl_quality_args&) const;     and the same for the other three
 //   int run_boxes(const gfl_head_args&) const, run(const gfl_head_args&) const;   for a head
 #pragma once
 
@@ -247,15 +247,18 @@ class Views {
   std::vector<gfl_view> views_;
 };
 
-// A tensor of the losses' dtype.
-Tensor new_losses(const Place& place, const Tensor& pred, std::vector<int64_t> sizes) {
+Tensor new_packed(const Place& place, const std::vector<int64_t>& sizes, int32_t dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) {
     strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
   }
+  return new_tensor(place, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype);
+}
+
+// A tensor of the losses' dtype.
+Tensor new_losses(const Place& place, const Tensor& pred, const std::vector<int64_t>& sizes) {
   const bool wide = pred.scalar_type() == ScalarType::Double;
-  return new_tensor(place, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                    wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  return new_packed(place, sizes, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
 }
 
 // The tensors of a head and what the three ops share of their arguments; lives as long as a call.
@@ -423,6 +426,39 @@ std::vector<Tensor> head_backward(
   return grads;
 }
 
+template <typename Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> decode_boxes(
+    Tensor pred, Tensor points, std::optional<Tensor> strides, std::optional<Tensor> bins,
+    std::optional<Tensor> cls, std::optional<Tensor> limits, double stride,
+    std::vector<double> size, int64_t, bool write_deviation) {
+  const Device device(pred);
+  const Place place = device.place();
+  std::vector<int64_t> rows(pred.sizes().begin(), pred.sizes().end() - 1), sides = rows;
+  sides.push_back(4);
+  if (!cls) rows = {0};
+  Tensor boxes = new_losses(place, pred, sides), score = new_losses(place, pred, rows);
+  Tensor label = new_packed(place, rows, aoti_torch_dtype_int64());
+  Tensor deviation = new_losses(place, pred, write_deviation ? sides : std::vector<int64_t>{0});
+  const View x(pred), p(points), s(strides), y(bins), c(cls), m(limits);
+  const View b(boxes), d(deviation), h(score), l(label);
+  gfl_decode_args args{};
+  args.pred = x.get();
+  args.points = p.get();
+  args.strides = s.get();
+  args.bins = y.get();
+  args.cls = c.get();
+  args.limits = m.get();
+  args.boxes = b.get();
+  args.deviation = write_deviation ? d.get() : nullptr;
+  args.score = cls ? h.get() : nullptr;
+  args.label = cls ? l.get() : nullptr;
+  args.stride = stride;
+  args.height = size.size() == 2 ? size[0] : -1;
+  args.width = size.size() == 2 ? size[1] : -1;
+  check(device.run(args));
+  return {boxes, score, label, deviation};
+}
+
 }  // namespace
 }  // namespace gfl
 
@@ -438,4 +474,5 @@ std::vector<Tensor> head_backward(
     m.impl("head_boxes", TORCH_BOX(&head_boxes<DEVICE>));                       \
     m.impl("head_forward", TORCH_BOX(&head_forward<DEVICE>));                   \
     m.impl("head_backward", TORCH_BOX(&head_backward<DEVICE>));                 \
+    m.impl("decode_boxes", TORCH_BOX(&decode_boxes<DEVICE>));                   \
   }

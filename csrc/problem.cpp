@@ -57,6 +57,22 @@ class Problem {
     operand->column = per_column && columns_ > 1 ? view->strides[ndim_] : (per_column ? 1 : 0);
   }
 
+  // `columns` values per row.
+  void add_columns(const char* name, const gfl_view* view, Operand* operand, int64_t columns) {
+    *operand = Operand{};
+    if (!view) return;
+    bool same = view->ndim == ndim_ + 1 && view->sizes[ndim_] == columns;
+    for (int d = 0; same && d < ndim_; ++d) same = view->sizes[d] == pred_->sizes[d];
+    if (!same) {
+      fail(op_ + ": " + name + " must have " + std::to_string(columns) + " values for each of " +
+           shape_of(pred_->sizes, ndim_) + ", got " + shape_of(view->sizes, view->ndim));
+    }
+    entries_[count_++] = {view, operand, ndim_};
+    operand->data = static_cast<char*>(view->data);
+    operand->dtype = view->dtype;
+    operand->column = columns > 1 ? view->strides[ndim_] : 1;
+  }
+
   void need_dtype(const char* name, const gfl_view* view, gfl_dtype dtype) const {
     if (view && view->dtype != dtype) fail(op_ + ": " + name + " has the wrong dtype");
   }
@@ -204,6 +220,47 @@ DistributionProblem describe(const char* name, const gfl_integral_args& args) {
     }
     if (bins->dtype != dtype) fail(std::string(name) + ": bins must have the dtype of the result");
   }
+  return d;
+}
+
+DecodeProblem describe(const char* name, const gfl_decode_args& args) {
+  DecodeProblem d{};
+  Problem problem(name, args.pred, "4 K");
+  const std::string where = std::string(name) + ": ";
+  if (!args.points || !args.boxes) fail(where + "points and boxes are needed");
+  if (problem.columns() < 4 || problem.columns() % 4) fail(where + "pred must have 4 K channels");
+  const gfl_dtype dtype = accumulator(args.pred->dtype);
+  d.bins = problem.columns() / 4;
+  problem.add("pred", args.pred, &d.pred, true);
+  problem.add_columns("points", args.points, &d.points, 2);
+  problem.add("strides", args.strides, &d.strides, false);
+  problem.add_columns("limits", args.limits, &d.limits, 2);
+  problem.add_columns("boxes", args.boxes, &d.boxes, 4);
+  problem.add_columns("deviation", args.deviation, &d.deviation, 4);
+  problem.need_dtype("boxes", args.boxes, dtype);
+  problem.need_dtype("deviation", args.deviation, dtype);
+  problem.need_dtype("bins", args.bins, dtype);
+  if (const gfl_view* const cls = args.cls) {
+    if (!args.score || !args.label) fail(where + "cls needs score and label");
+    if (!is_float(cls->dtype) || accumulator(cls->dtype) != dtype) {
+      fail(where + "pred and cls must be floats, float64 together");
+    }
+    d.classes = cls->ndim ? cls->sizes[cls->ndim - 1] : 0;
+    if (d.classes < 1) fail(where + "cls must have at least one class");
+    problem.add_columns("cls", cls, &d.cls, d.classes);
+    problem.add("score", args.score, &d.score, false);
+    problem.add("label", args.label, &d.label, false);
+    problem.need_dtype("score", args.score, dtype);
+    problem.need_dtype("label", args.label, GFL_INT64);
+  }
+  if (args.bins && (args.bins->ndim != 1 || args.bins->sizes[0] != d.bins)) {
+    fail(where + "bins must have shape (" + std::to_string(d.bins) + ")");
+  }
+  problem.merge(&d.ndim, d.size);
+  d.stride = args.stride;
+  d.height = args.height;
+  d.width = args.width;
+  d.clips = args.limits || args.height >= 0;
   return d;
 }
 

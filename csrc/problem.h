@@ -60,6 +60,19 @@ struct HeadProblem {
   double bbox_scale, dfl_scale;  // of the gradient
 };
 
+// Rows of four sides to boxes. Operands with several values a row have them along `column`.
+struct DecodeProblem {
+  int ndim;
+  int64_t size[kMaxDims];
+  int64_t bins, classes;
+  Operand pred, points, strides, cls, limits;
+  Operand boxes, deviation, score, label;
+  Operand values;  // [K], of the accumulation type
+  double stride;   // where `strides` is absent
+  bool clips;
+  double height, width;  // where `limits` is absent
+};
+
 // Sums over positives: their number, their weights, weighted box loss and DFL.
 struct HeadSums {
   double count, weight, bbox, dfl;
@@ -73,6 +86,7 @@ gfl_dtype accumulator(gfl_dtype dtype);  // float64 for float64, else float32
 QualityProblem describe(const char* name, const gfl_quality_args& args);
 DistributionProblem describe(const char* name, const gfl_distribution_args& args);
 DistributionProblem describe(const char* name, const gfl_integral_args& args);  // without values
+DecodeProblem describe(const char* name, const gfl_decode_args& args);          // without values
 // The level whose first anchor is number `first`, with the gradient's scales left at 0.
 HeadProblem describe(const char* name, const gfl_head_args& args, int level, int64_t first);
 

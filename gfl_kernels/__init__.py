@@ -1,12 +1,14 @@
 """Fused losses of the Generalized Focal Loss family for PyTorch."""
 
 from ._version import __version__
+from .decode import DecodedBoxes, decode_boxes
 from .dispatch import backends, use_backend
 from .functional import distribution_focal_loss, integral, quality_focal_loss
 from .head import GFLLossOutput, gfl_loss, task_aligned_loss
 from .modules import DistributionFocalLoss, GFLLoss, Integral, QualityFocalLoss
 
 __all__ = [
+    "DecodedBoxes",
     "DistributionFocalLoss",
     "GFLLoss",
     "GFLLossOutput",
@@ -14,6 +16,7 @@ __all__ = [
     "QualityFocalLoss",
     "__version__",
     "backends",
+    "decode_boxes",
     "distribution_focal_loss",
     "gfl_loss",
     "integral",

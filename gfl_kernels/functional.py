@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
@@ -105,7 +106,9 @@ def distribution_focal_loss(
     return _distribution_focal_loss(pred, target, weight, avg_factor, reduction, bin_dim)
 
 
-def integral(pred: Tensor, *, bins: Tensor | None = None, bin_dim: int = -1) -> Tensor:
+def integral(
+    pred: Tensor, *, bins: Tensor | Sequence[float] | None = None, bin_dim: int = -1
+) -> Tensor:
     r"""Expectation of the distribution of each row, fused: :math:`E = \sum_k y_k \,
     \mathrm{softmax}(z)_k`.
 
@@ -113,11 +116,12 @@ def integral(pred: Tensor, *, bins: Tensor | None = None, bin_dim: int = -1) -> 
 
     Args:
         pred: logits [..., K]; float32, float64, bfloat16 or float16, any strides.
-        bins: the value y of each bin [K]; 0, 1, ..., K - 1 if not given.
+        bins: the value y of each bin: a tensor [K], or (lower, upper, step) with both ends among
+            them (PP-YOLOE's ``reg_range`` (-2, 17) is (-2, 16, 1)); 0, 1, ..., K - 1 if not given.
         bin_dim: where the bins lie in pred.
 
     Returns:
-        [...], in bins; float32, or float64 for float64: half precision would move a box by up to
+        [...], in the bins' units; float32, or float64 for float64: half precision would move a box by up to
         0.1 bin. The gradient has pred's dtype and layout.
 
     Raises:
@@ -125,18 +129,11 @@ def integral(pred: Tensor, *, bins: Tensor | None = None, bin_dim: int = -1) -> 
     """
     name = "integral"
     _check_pred(name, pred, bin_dim, "K", "bin_dim")
-    if bins is not None:
-        _check_tensor(name, "bins", bins, pred)
-        if bins.shape != pred.shape[bin_dim : bin_dim + 1 or None]:
-            raise _wrong_shape(
-                name, "bins", "(K,)", pred.shape[bin_dim : bin_dim + 1 or None], bins
-            )
+    bins = _bin_values(name, bins, pred.shape[bin_dim], pred)
     backend = dispatch.choose(name, pred, bins)
     if backend == "reference":
         return reference.integral(pred, bins=bins, bin_dim=bin_dim)
     pred = _last(pred, bin_dim)
-    if bins is not None:
-        bins = bins.to(reference.accumulate_dtype(pred.dtype))
     if torch.compiler.is_compiling():
         return torch.ops.gfl_kernels.integral_forward(pred, bins)
     return ops.apply_distribution_integral(backend, pred, bins)
@@ -252,6 +249,41 @@ def _distribution_focal_loss(
         loss_weight,
         backend,
     )
+
+
+# Bins
+
+
+def _bin_values(name: str, bins, count: int, pred: Tensor) -> Tensor | None:
+    """The value of each of count bins, in the type that pred is computed in; None for 0, 1, ..."""
+    if bins is None:
+        return None
+    dtype = reference.accumulate_dtype(pred.dtype)
+    if not isinstance(bins, Tensor):
+        lower, upper, _ = _bin_range(name, bins, count)
+        return torch.linspace(lower, upper, count, dtype=dtype, device=pred.device)
+    _check_tensor(name, "bins", bins, pred)
+    if bins.shape != (count,):
+        raise _wrong_shape(name, "bins", "(K,)", (count,), bins)
+    return bins.to(dtype)
+
+
+def _bin_range(name: str, bins, count: int) -> tuple[float, float, float]:
+    """(lower, upper, step) of count evenly spaced bins, both ends among them."""
+    if not isinstance(bins, Sequence) or len(bins) != 3:
+        raise ValueError(
+            f"{name}: bins must be (lower, upper, step) or a tensor of values, got {bins!r}"
+        )
+    for argument, value in zip(("lower", "upper", "step"), bins, strict=True):
+        _check_number(name, f"bins' {argument}", value)
+    lower, upper, step = bins
+    if not step > 0:
+        raise ValueError(f"{name}: bins' step must be > 0, got {step}")
+    if not abs((upper - lower) / step - (count - 1)) <= 1e-3:
+        raise ValueError(
+            f"{name}: bins from {lower} to {upper} in steps of {step} do not match pred's {count}"
+        )
+    return float(lower), float(upper), float(step)
 
 
 # Layout and reduction

@@ -85,6 +85,12 @@ SCHEMAS = {
     "head_backward": "(Tensor? grad_cls, Tensor? grad_bbox, Tensor? grad_dfl, "
     "Tensor? grad_levels_cls, Tensor? grad_levels_bbox, Tensor? grad_levels_dfl, "
     f"{_HEAD}) -> Tensor[]",
+    # points and limits (height, width) [..., 2], strides [...] and cls [..., C] are rows as pred's
+    # [..., 4 K]; stride and size are for all of them, size none for no image. boxes and, if asked
+    # for, deviation [..., 4]; score and label (int64) [...] with cls; else empty.
+    "decode_boxes": "(Tensor pred, Tensor points, Tensor? strides, Tensor? bins, Tensor? cls, "
+    "Tensor? limits, float stride, float[] size, int window, bool write_deviation) "
+    "-> (Tensor boxes, Tensor score, Tensor label, Tensor deviation)",
 }
 
 _libraries = [torch.library.Library(ns, "DEF") for ns in ("gfl_kernels", "gfl_native")]
@@ -135,6 +141,16 @@ def _fake_head_backward(*args):
     return [torch.empty_like(level) for level in (*cls, *box)]
 
 
+def _fake_decode_boxes(pred: Tensor, *args) -> tuple[Tensor, ...]:
+    cls, write_deviation = args[3], args[-1]
+    rows, dtype = pred.shape[:-1], accumulate_dtype(pred.dtype)
+    boxes = pred.new_empty((*rows, 4), dtype=dtype)
+    rows = (0,) if cls is None else rows
+    score = pred.new_empty(rows, dtype=dtype)
+    label = pred.new_empty(rows, dtype=torch.int64)
+    return boxes, score, label, torch.empty_like(boxes) if write_deviation else boxes.new_empty(0)
+
+
 _FAKES = {
     "quality_forward": _fake_forward,
     "quality_backward": _fake_backward,
@@ -145,6 +161,7 @@ _FAKES = {
     "head_boxes": _fake_head_boxes,
     "head_forward": _fake_head_forward,
     "head_backward": _fake_head_backward,
+    "decode_boxes": _fake_decode_boxes,
 }
 
 
@@ -183,7 +200,7 @@ def _gradient(ctx, grad_loss: Tensor, name: str, backend: str | None) -> Tensor:
     *tensors, grad = ctx.saved_tensors
     if torch.is_grad_enabled():
         # create_graph=True: through the op, whose own derivative is refused by name
-        # (_refuse_double_backward).
+        # (_refuse_backward).
         return getattr(torch.ops.gfl_kernels, name)(grad_loss, *tensors, *ctx.constants)
     if grad is not None:
         # Forward left the gradient for an upstream gradient of 1. On the CPU the host may look
@@ -373,13 +390,13 @@ def _register_loss_autograd(family: str, tensors: int) -> None:
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_libraries[0])
 
 
-def _refuse_double_backward(name: str) -> None:
+def _refuse_backward(name: str, why: str) -> None:
     # Blocked here and not by once_differentiable, which lets create_graph=True through and returns
     # a constant.
     def backward(ctx, *_):
         raise RuntimeError(
-            f"{name} is not differentiable: the fused backends have no double backward. "
-            "Compute the loss under gfl_kernels.use_backend('reference') for that."
+            f"{name} is not differentiable: {why}. "
+            "Compute it under gfl_kernels.use_backend('reference') for that."
         )
 
     torch.library.register_autograd(f"gfl_kernels::{name}", backward, lib=_libraries[0])
@@ -421,4 +438,5 @@ torch.library.register_autograd(
 )
 for _name in SCHEMAS:
     if _name.endswith("_backward"):
-        _refuse_double_backward(_name)
+        _refuse_backward(_name, "the fused backends have no double backward")
+_refuse_backward("decode_boxes", "the fused backends decode for inference")

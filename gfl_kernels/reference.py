@@ -140,6 +140,15 @@ def expectation(z: Tensor, y: Tensor) -> Tensor:
     return (F.softmax(z, dim=-1) * y).sum(-1)
 
 
+def standard_deviation(z: Tensor, y: Tensor) -> Tensor:
+    """sqrt(sum_k p_k (y_k - E)^2) of each row, p = softmax(z), E = expectation(z, y); its
+    derivative is 0 where it is 0."""
+    p = F.softmax(z, dim=-1)
+    variance = (p * (y - (p * y).sum(-1, keepdim=True)) ** 2).sum(-1)
+    zero = variance == 0
+    return torch.where(zero, 0, torch.where(zero, 1, variance).sqrt())
+
+
 # Box term. Boxes are xyxy in units of the stride, [..., 4].
 
 IOU_EPS = 1e-6  # mmdetection's floor of the union under a quality target
@@ -148,6 +157,11 @@ IOU_EPS = 1e-6  # mmdetection's floor of the union under a quality target
 def decode_box(points: Tensor, distances: Tensor) -> Tensor:
     """The box whose sides lie at distances (left, top, right, bottom) from a point."""
     return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
+
+
+def clip_coordinate(x: Tensor, limit: Tensor | float) -> Tensor:
+    """x clamped into [0, limit], the image. NaN stays NaN."""
+    return x.clamp(min=0).clamp(max=limit)
 
 
 def overlap_and_union(box: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,6 +281,41 @@ def integral(pred: Tensor, *, bins: Tensor | None = None, bin_dim: int = -1) -> 
     z = pred.movedim(bin_dim, -1).to(dtype)
     y = torch.arange(z.shape[-1], device=z.device, dtype=dtype) if bins is None else bins.to(dtype)
     return expectation(z, y)
+
+
+def decode_boxes(
+    pred: Tensor,
+    points: Tensor,
+    strides: Tensor | None,
+    bins: Tensor | None,
+    cls: Tensor | None,
+    limits: Tensor | None,
+    stride: float,
+    size: Sequence[float],
+    window: int,
+    write_deviation: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """What gfl_kernels.decode_boxes computes: (boxes [..., 4], scores, labels, deviation [..., 4]).
+
+    Arguments as those of the op gfl_kernels::decode_boxes.
+    """
+    dtype = accumulate_dtype(pred.dtype)
+    z = pred.unflatten(-1, (4, -1)).to(dtype)
+    y = torch.arange(z.shape[-1], device=z.device, dtype=dtype) if bins is None else bins.to(dtype)
+    pixels = stride if strides is None else strides.to(dtype).unsqueeze(-1)
+    boxes = decode_box(points.to(dtype), expectation(z, y) * pixels)
+    if limits is not None:
+        boxes = clip_coordinate(boxes, limits.to(dtype)[..., [1, 0, 1, 0]])
+    elif size:
+        height, width = size
+        x1, y1, x2, y2 = boxes.unbind(-1)
+        sides = [(x1, width), (y1, height), (x2, width), (y2, height)]
+        boxes = torch.stack([clip_coordinate(x, limit) for x, limit in sides], dim=-1)
+    spread = standard_deviation(z, y) * pixels if write_deviation else None
+    if cls is None:
+        return boxes, None, None, spread
+    high, labels = cls.to(accumulate_dtype(cls.dtype)).max(dim=-1)
+    return boxes, high.sigmoid(), labels, spread
 
 
 def head_loss(
