@@ -395,10 +395,42 @@ GFL_HD T distribution_grad(T total_p, Mask is_left, Mask is_right, T wl, T wr) {
   return total_p - select(is_left, wl, select(is_right, wr, zeros));
 }
 
-// dE/dz_k = p_k (y_k - E),  E = sum_k y_k p_k.
+// dE/dz_k = p_k (y_k - E),  E = sum_k y_k p_k.  The derivative of the statistics too: y_k is then
+// what comes from upstream for bin k.
 template <typename T>
 GFL_HD T expectation_grad(T p, T y, T expectation) {
   return p * (y - expectation);
+}
+
+// 1 for a bin at most `window` bins from the peak, else 0: a factor of exp(z_k), in which a NaN
+// stays. The peak is the highest bin, of equals the first one.
+template <typename T>
+GFL_HD T peak_window(T bin, T peak, scalar_t<T> window) {
+  using S = scalar_t<T>;
+  return select(negative_abs(bin - peak) < -window, broadcast<T>(S(0)), broadcast<T>(S(1)));
+}
+
+// p s where p is not 0: s may be -inf there.  The entropy is H = log(sum_k exp(s_k)) - sum_k p_k
+// s_k, s = z shifted by its maximum; both parts are positive.
+template <typename T>
+GFL_HD T entropy_term(T p, T s) {
+  using S = scalar_t<T>;
+  return select(p == S(0), p, p * s);
+}
+
+// What the derivative of the moments of a row is made of: E = sum_k p_k y_k, V = sum_k p_k (y_k -
+// E)^2, sum_k p_k s_k, and the upstream gradients of E, of sqrt(V) divided by 2 sqrt(V), and of H.
+template <typename T>
+struct Moments {
+  T mean, variance, mean_s, by_mean, by_variance, by_entropy;
+};
+
+// dL/dz_k = p_k (g_E (y_k - E) + g_V ((y_k - E)^2 - V) - g_H (s_k - sum_j p_j s_j)).
+template <typename T>
+GFL_HD T moments_grad(T p, T y, T s, const Moments<T>& m) {
+  const T away = y - m.mean;
+  return p * (m.by_mean * away + m.by_variance * (away * away - m.variance)) -
+         m.by_entropy * entropy_term(p, s - m.mean_s);
 }
 
 // Box term. Boxes are x1, y1, x2, y2 in units of the stride; sides 0 to 3 are left, top, right and

@@ -430,7 +430,7 @@ template <typename Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> decode_boxes(
     Tensor pred, Tensor points, std::optional<Tensor> strides, std::optional<Tensor> bins,
     std::optional<Tensor> cls, std::optional<Tensor> limits, double stride,
-    std::vector<double> size, int64_t, bool write_deviation) {
+    std::vector<double> size, int64_t window, bool write_deviation) {
   const Device device(pred);
   const Place place = device.place();
   std::vector<int64_t> rows(pred.sizes().begin(), pred.sizes().end() - 1), sides = rows;
@@ -455,6 +455,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_boxes(
   args.stride = stride;
   args.height = size.size() == 2 ? size[0] : -1;
   args.width = size.size() == 2 ? size[1] : -1;
+  args.window = window;
   check(device.run(args));
   return {boxes, score, label, deviation};
 }

@@ -260,6 +260,7 @@ DecodeProblem describe(const char* name, const gfl_decode_args& args) {
   d.stride = args.stride;
   d.height = args.height;
   d.width = args.width;
+  d.window = args.window;
   d.clips = args.limits || args.height >= 0;
   return d;
 }

@@ -71,6 +71,7 @@ struct DecodeProblem {
   double stride;   // where `strides` is absent
   bool clips;
   double height, width;  // where `limits` is absent
+  int64_t window;        // < 0: of all bins
 };
 
 // Sums over positives: their number, their weights, weighted box loss and DFL.

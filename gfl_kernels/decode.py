@@ -37,6 +37,7 @@ def decode_boxes(
     bins: Tensor | Sequence[float] | None = None,
     strides: float | Tensor | None = None,
     mode: str = "mean",
+    window: int = 2,
     max_shape: Sequence[float] | Tensor | None = None,
     cls_logits: Tensor | None = None,
     return_uncertainty: bool = False,
@@ -59,12 +60,16 @@ def decode_boxes(
         bins: the value of each bin, in units of the stride: a tensor [K], or (lower, upper, step)
             with both ends among them; 0, 1, ..., K - 1 if not given.
         strides: pixels in a unit of distance, a number or [A]; 1 if not given.
-        mode: "mean", the expectation of the whole distribution.
+        mode: "mean", the expectation of the whole distribution; or "peak", that of the bins at most
+            ``window`` from the highest, of equals the first: of a distribution with two modes the
+            mean lies where neither is.
+        window: of mode "peak", >= 0.
         max_shape: clip to an image of (height, width), or of each image [B, 2]. Not clipped if not
             given.
         cls_logits: class logits [..., A, C], laid out as pred. Adds the highest sigmoid of each
             anchor and its class, the lowest of those that tie.
-        return_uncertainty: adds the standard deviation of each side's distribution in pixels.
+        return_uncertainty: adds the standard deviation of each side's distribution in pixels, of
+            the whole distribution in either mode.
         channel_dim: where the channels lie in pred and cls_logits, -1 or 1.
 
     Returns:
@@ -93,8 +98,10 @@ def decode_boxes(
             f"{name}: pred must have 4 (reg_max + 1) = {4 * (reg_max + 1)} channels, got {channels}"
         )
     bins = _bin_values(name, bins, channels // 4, pred)
-    if mode != "mean":
-        raise ValueError(f"{name}: mode must be mean, got {mode!r}")
+    if mode not in ("mean", "peak"):
+        raise ValueError(f"{name}: mode must be mean or peak, got {mode!r}")
+    if not isinstance(window, int) or window < 0:
+        raise ValueError(f"{name}: window must be an int >= 0, got {window!r}")
     scored = cls_logits is not None
     if scored:
         _check_channels(name, "cls_logits", cls_logits, channel_dim, "C")
@@ -145,7 +152,7 @@ def decode_boxes(
         size = [float(value) for value in max_shape]
 
     operands = (points, strides, bins, cls_logits, limits)
-    options = (stride, size, 0, bool(return_uncertainty))
+    options = (stride, size, window if mode == "peak" else -1, bool(return_uncertainty))
     backend = dispatch.choose(name, pred, pred, *operands)
     if backend == "reference":
         results = reference.decode_boxes(pred, *operands, *options)

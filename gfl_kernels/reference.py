@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -140,13 +141,38 @@ def expectation(z: Tensor, y: Tensor) -> Tensor:
     return (F.softmax(z, dim=-1) * y).sum(-1)
 
 
-def standard_deviation(z: Tensor, y: Tensor) -> Tensor:
-    """sqrt(sum_k p_k (y_k - E)^2) of each row, p = softmax(z), E = expectation(z, y); its
-    derivative is 0 where it is 0."""
+def peak_window(z: Tensor, window: int) -> Tensor:
+    """Whether a bin lies at most `window` bins from its row's highest, of equals the first one.
+
+    The expectation over them alone is that of z with -inf elsewhere. A row that is no distribution
+    (it has a NaN or +inf, or -inf alone) is all window, so that all of it stays NaN.
+    """
+    bin_ = torch.arange(z.shape[-1], device=z.device)
+    inside = (bin_ - z.argmax(-1, keepdim=True)).abs() <= window
+    return inside | ~z.amax(-1, keepdim=True).isfinite()
+
+
+def statistics(z: Tensor, topk: int, add_mean: bool) -> Tensor:
+    """The topk highest of softmax(z) of each row in descending order, and their mean behind them.
+    Of equal logits the first bin comes first. GFLv2 (Li et al. 2021), the input of its DGQP.
+    """
+    order = z.detach().sort(dim=-1, descending=True, stable=True).indices
+    top = F.softmax(z, dim=-1).gather(-1, order[..., :topk])
+    return torch.cat([top, top.mean(-1, keepdim=True)], dim=-1) if add_mean else top
+
+
+def moments(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """E = sum_k p_k y_k, sqrt(sum_k p_k (y_k - E)^2) and -sum_k p_k log p_k, p = softmax(z).
+
+    The derivative of a standard deviation of 0 is 0. A bin of p = 0 has no part in the entropy.
+    """
     p = F.softmax(z, dim=-1)
-    variance = (p * (y - (p * y).sum(-1, keepdim=True)) ** 2).sum(-1)
-    zero = variance == 0
-    return torch.where(zero, 0, torch.where(zero, 1, variance).sqrt())
+    mean = (p * y).sum(-1)
+    variance = (p * (y - mean.unsqueeze(-1)) ** 2).sum(-1)
+    spread = variance != 0  # NaN stays
+    std = torch.where(spread, torch.where(spread, variance, 1).sqrt(), 0)
+    log_p = torch.where(p == 0, 0, F.log_softmax(z, dim=-1))
+    return mean, std, -(p * log_p).sum(-1)
 
 
 # Box term. Boxes are xyxy in units of the stride, [..., 4].
@@ -275,12 +301,50 @@ def distribution_focal_loss(
     return _reduce(loss, reduction, avg_factor)
 
 
-def integral(pred: Tensor, *, bins: Tensor | None = None, bin_dim: int = -1) -> Tensor:
+def integral(
+    pred: Tensor,
+    *,
+    bins: Tensor | None = None,
+    bin_dim: int = -1,
+    mode: str = "mean",
+    window: int = 2,
+) -> Tensor:
     """See :func:`gfl_kernels.integral`."""
+    z, y = _bins(pred, bins, bin_dim)
+    if mode == "peak":
+        z = torch.where(peak_window(z.detach(), window), z, -math.inf)
+    return expectation(z, y)
+
+
+def distribution_statistics(
+    pred: Tensor, *, topk: int = 4, add_mean: bool = True, bin_dim: int = -1
+) -> Tensor:
+    """See :func:`gfl_kernels.distribution_statistics`."""
+    z, _ = _bins(pred, None, bin_dim)
+    return statistics(z, topk, add_mean).movedim(-1, bin_dim)
+
+
+def distribution_moments(
+    pred: Tensor, *, bins: Tensor | None = None, bin_dim: int = -1
+) -> DistributionMoments:
+    """See :func:`gfl_kernels.distribution_moments`."""
+    return DistributionMoments(*moments(*_bins(pred, bins, bin_dim)))
+
+
+class DistributionMoments(NamedTuple):
+    """Mean and standard deviation, in the unit of the bins, and the entropy in nats, each [...]."""
+
+    mean: Tensor
+    std: Tensor
+    entropy: Tensor
+
+
+def _bins(pred: Tensor, bins: Tensor | None, bin_dim: int) -> tuple[Tensor, Tensor]:
+    """Logits and values of the bins, in the type of the result, bins last."""
     dtype = accumulate_dtype(pred.dtype)
     z = pred.movedim(bin_dim, -1).to(dtype)
     y = torch.arange(z.shape[-1], device=z.device, dtype=dtype) if bins is None else bins.to(dtype)
-    return expectation(z, y)
+    return z, y
 
 
 def decode_boxes(
@@ -303,7 +367,8 @@ def decode_boxes(
     z = pred.unflatten(-1, (4, -1)).to(dtype)
     y = torch.arange(z.shape[-1], device=z.device, dtype=dtype) if bins is None else bins.to(dtype)
     pixels = stride if strides is None else strides.to(dtype).unsqueeze(-1)
-    boxes = decode_box(points.to(dtype), expectation(z, y) * pixels)
+    near = z if window < 0 else torch.where(peak_window(z.detach(), window), z, -math.inf)
+    boxes = decode_box(points.to(dtype), expectation(near, y) * pixels)
     if limits is not None:
         boxes = clip_coordinate(boxes, limits.to(dtype)[..., [1, 0, 1, 0]])
     elif size:
@@ -311,7 +376,7 @@ def decode_boxes(
         x1, y1, x2, y2 = boxes.unbind(-1)
         sides = [(x1, width), (y1, height), (x2, width), (y2, height)]
         boxes = torch.stack([clip_coordinate(x, limit) for x, limit in sides], dim=-1)
-    spread = standard_deviation(z, y) * pixels if write_deviation else None
+    spread = moments(z, y)[1] * pixels if write_deviation else None
     if cls is None:
         return boxes, None, None, spread
     high, labels = cls.to(accumulate_dtype(cls.dtype)).max(dim=-1)

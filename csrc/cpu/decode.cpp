@@ -55,7 +55,7 @@ class Decode {
     for (int s = 0; s < 4; s += kSides) {
       load_sides(r, s, lanes);
       Vs spread;
-      const Vs distance = p_.deviation.data ? distances<true>(&spread) : distances<false>(&spread);
+      const Vs distance = p_.window < 0 ? distances<false>(&spread) : distances<true>(&spread);
 #pragma GCC unroll 4
       for (int u = 0; u < kSides; ++u) {
         const int axis = (s + u) % 2;
@@ -96,28 +96,49 @@ class Decode {
     }
   }
 
+  template <bool kPeak>
+  Vs distances(Vs* spread) {
+    return p_.deviation.data ? distances<kPeak, true>(spread) : distances<kPeak, false>(spread);
+  }
   // The expectation of each side and, if kSpread, its standard deviation.
-  template <bool kSpread>
+  template <bool kPeak, bool kSpread>
   Vs distances(Vs* spread) {
     const A* const values = reinterpret_cast<const A*>(p_.values.data);
     const int64_t bins = p_.bins;
     Vs high = z_[0];
     for (int64_t k = 1; k < bins; ++k) high = maximum(z_[k], high);
-    Vs sum{}, moment{};
+    Vs peak{};
+    if (kPeak) {
+      for (int64_t k = bins - 1; k >= 0; --k) {
+        peak = select(z_[k] == high, broadcast<Vs>(static_cast<A>(k)), peak);
+      }
+    }
+    const A window = static_cast<A>(p_.window);
+    Vs sum{}, moment{}, whole_sum{}, whole_moment{}, bin{};
     for (int64_t k = 0; k < bins; ++k) {
-      const Vs e = exponential(z_[k] - high);
+      Vs e = exponential(z_[k] - high);
       if (kSpread) z_[k] = e;
+      if (kPeak) {
+        if (kSpread) {
+          whole_sum = whole_sum + e;
+          whole_moment = whole_moment + e * values[k];
+        }
+        e = e * peak_window(bin, peak, window);
+        bin = bin + A(1);
+      }
       sum = sum + e;
       moment = moment + e * values[k];
     }
     const Vs inverse = reciprocal(sum), distance = moment * inverse;
     *spread = Vs{};
     if (kSpread) {
+      const Vs of_all = kPeak ? reciprocal(whole_sum) : inverse;
+      const Vs mean = kPeak ? whole_moment * of_all : distance;
       for (int64_t k = 0; k < bins; ++k) {
-        const Vs apart = values[k] - distance;
-        *spread = *spread + z_[k] * (apart * apart);
+        const Vs away = values[k] - mean;
+        *spread = *spread + z_[k] * (away * away);
       }
-      *spread = square_root(*spread * inverse);
+      *spread = square_root(*spread * of_all);
     }
     return distance;
   }

@@ -362,8 +362,37 @@ def distribution_grad(total_p, is_left, is_right, wl, wr):
 
 @triton.jit
 def expectation_grad(p, y, expectation):
-    """dE/dz_k = p_k (y_k - E), E = sum_k y_k p_k."""
+    """dE/dz_k = p_k (y_k - E), E = sum_k y_k p_k. The derivative of the statistics too: y_k is then
+    what comes from upstream for bin k.
+    """
     return p * (y - expectation)
+
+
+@triton.jit
+def peak_window(bin_, peak, window):
+    """1 for a bin at most `window` bins from the peak, else 0: a factor of exp(z_k), in which a NaN
+    stays. The peak is the highest bin, of equals the first one.
+    """
+    return tl.where(tl.abs(bin_ - peak) > window, 0.0, 1.0)
+
+
+@triton.jit
+def entropy_term(p, s):
+    """p s where p is not 0: s may be -inf there. The entropy is H = log(sum_k exp(s_k)) -
+    sum_k p_k s_k, s = z shifted by its maximum; both parts are positive.
+    """
+    return tl.where(p == 0.0, p, p * s)
+
+
+@triton.jit
+def moments_grad(p, y, s, mean, variance, mean_s, by_mean, by_variance, by_entropy):
+    """dL/dz_k = p_k (g_E (y_k - E) + g_V ((y_k - E)^2 - V) - g_H (s_k - sum_j p_j s_j)), out of
+    E = sum_k p_k y_k, V = sum_k p_k (y_k - E)^2, sum_k p_k s_k, and the upstream gradients of E, of
+    sqrt(V) divided by 2 sqrt(V), and of H.
+    """
+    away = y - mean
+    by_p = by_mean * away + by_variance * (away * away - variance)
+    return p * by_p - by_entropy * entropy_term(p, s - mean_s)
 
 
 # Box term. Boxes are (x1, y1, x2, y2) in units of the stride.

@@ -178,6 +178,7 @@ typedef struct {
   const gfl_view* label;     /* [...]       with cls, int64 */
   double stride;
   double height, width; /* negative: boxes are not clipped */
+  int64_t window;       /* E of the bins at most so many from the highest; negative: of all */
 } gfl_decode_args;
 
 GFL_API int gfl_decode_cpu(const gfl_decode_args* args);
