@@ -433,6 +433,25 @@ GFL_HD T moments_grad(T p, T y, T s, const Moments<T>& m) {
          m.by_entropy * entropy_term(p, s - m.mean_s);
 }
 
+// Distillation: with a = (z - max z) / T of student and teacher, p = softmax(a), the teacher's a
+// constant,  KL(p_t || p_s) = sum_k p_t,k (a_t,k - a_s,k) + log sum_k exp(a_s,k) - log sum_k
+// exp(a_t,k).  A bin of p_t = 0 has no part in it.
+template <typename T>
+GFL_HD T distillation_term(T p_teacher, T gap) {
+  using S = scalar_t<T>;
+  return select(p_teacher == S(0), p_teacher, p_teacher * gap);
+}
+template <typename T>
+GFL_HD T distillation_loss(T sum_of_terms, T log_sum, T log_sum_teacher) {
+  return sum_of_terms + (log_sum - log_sum_teacher);
+}
+
+// T dKL/dz_k = p_s,k - p_t,k.
+template <typename T>
+GFL_HD T distillation_grad(T p, T p_teacher) {
+  return p - p_teacher;
+}
+
 // Box term. Boxes are x1, y1, x2, y2 in units of the stride; sides 0 to 3 are left, top, right and
 // bottom. A point's coordinate is x for left and right, y for the others.
 

@@ -3,7 +3,7 @@
 //
 //   explicit Device(const Tensor& pred);        pred's device is the current one while this lives
 //   Place place() const;                        where outputs are allocated
-//   int run(const gfl_quality_args&) const;     and the same for the other three
+//   int run(const gfl_quality_args&) const;     and the same for the others
 //   int run_boxes(const gfl_head_args&) const, run(const gfl_head_args&) const;   for a head
 #pragma once
 
@@ -427,6 +427,43 @@ std::vector<Tensor> head_backward(
 }
 
 template <typename Device>
+std::tuple<Tensor, Tensor> distillation_forward(Tensor pred, Tensor teacher,
+                                                std::optional<Tensor> weight,
+                                                std::optional<Tensor> avg_factor,
+                                                double temperature, double scale, int64_t reduction,
+                                                bool write_grad) {
+  const Device device(pred);
+  Tensor loss = new_loss(device.place(), pred, reduction == kNone);
+  Tensor grad = new_gradient(device.place(), pred, write_grad);
+  const View x(pred), t(teacher), w(weight), a(avg_factor), l(loss), g(grad);
+  const gfl_distillation_args args{x.get(),
+                                   t.get(),
+                                   w.get(),
+                                   a.get(),
+                                   nullptr,
+                                   l.get(),
+                                   write_grad ? g.get() : nullptr,
+                                   temperature,
+                                   scale_of(pred, scale, reduction)};
+  check(device.run(args));
+  return {loss, grad};
+}
+
+template <typename Device>
+Tensor distillation_backward(Tensor grad_loss, Tensor pred, Tensor teacher,
+                             std::optional<Tensor> weight, std::optional<Tensor> avg_factor,
+                             double temperature, double scale, int64_t reduction) {
+  const Device device(pred);
+  Tensor grad = new_gradient(device.place(), pred, true);
+  const View u(grad_loss), x(pred), t(teacher), w(weight), a(avg_factor), g(grad);
+  const gfl_distillation_args args{x.get(), t.get(),     w.get(),
+                                   a.get(), u.get(),     nullptr,
+                                   g.get(), temperature, scale_of(pred, scale, reduction)};
+  check(device.run(args));
+  return grad;
+}
+
+template <typename Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> decode_boxes(
     Tensor pred, Tensor points, std::optional<Tensor> strides, std::optional<Tensor> bins,
     std::optional<Tensor> cls, std::optional<Tensor> limits, double stride,
@@ -476,4 +513,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_boxes(
     m.impl("head_forward", TORCH_BOX(&head_forward<DEVICE>));                   \
     m.impl("head_backward", TORCH_BOX(&head_backward<DEVICE>));                 \
     m.impl("decode_boxes", TORCH_BOX(&decode_boxes<DEVICE>));                   \
+    m.impl("distillation_forward", TORCH_BOX(&distillation_forward<DEVICE>));   \
+    m.impl("distillation_backward", TORCH_BOX(&distillation_backward<DEVICE>)); \
   }

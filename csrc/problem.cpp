@@ -223,6 +223,27 @@ DistributionProblem describe(const char* name, const gfl_integral_args& args) {
   return d;
 }
 
+DistillationProblem describe(const char* name, const gfl_distillation_args& args) {
+  DistillationProblem d{};
+  Problem problem(name, args.pred, "K");
+  if (!args.teacher) fail(std::string(name) + ": teacher is missing");
+  const bool per_row = args.loss && args.loss->ndim > 0;
+  problem.add("pred", args.pred, &d.pred, true);
+  problem.add("teacher", args.teacher, &d.teacher, true);
+  problem.add("weight", args.weight, &d.weight, false);
+  problem.add("grad_loss", args.grad_loss, &d.grad_loss, false, true);
+  problem.add("loss", per_row ? args.loss : nullptr, &d.loss, false);
+  problem.add("grad", args.grad, &d.grad, true);
+  problem.check_results(args.grad, args.loss, args.grad_loss);
+  problem.need_dtype("teacher", args.teacher, args.pred->dtype);
+  if (problem.columns() < 1) fail(std::string(name) + ": pred must have at least one bin");
+  problem.merge(&d.ndim, d.size);
+  d.bins = problem.columns();
+  d.temperature = args.temperature;
+  d.scale = args.scale;
+  return d;
+}
+
 DecodeProblem describe(const char* name, const gfl_decode_args& args) {
   DecodeProblem d{};
   Problem problem(name, args.pred, "4 K");

@@ -60,6 +60,15 @@ struct HeadProblem {
   double bbox_scale, dfl_scale;  // of the gradient
 };
 
+struct DistillationProblem {
+  int ndim;
+  int64_t size[kMaxDims];
+  int64_t bins;
+  Operand pred, teacher, weight, grad_loss, loss, grad;
+  double temperature;
+  double scale;
+};
+
 // Rows of four sides to boxes. Operands with several values a row have them along `column`.
 struct DecodeProblem {
   int ndim;
@@ -87,7 +96,8 @@ gfl_dtype accumulator(gfl_dtype dtype);  // float64 for float64, else float32
 QualityProblem describe(const char* name, const gfl_quality_args& args);
 DistributionProblem describe(const char* name, const gfl_distribution_args& args);
 DistributionProblem describe(const char* name, const gfl_integral_args& args);  // without values
-DecodeProblem describe(const char* name, const gfl_decode_args& args);          // without values
+DistillationProblem describe(const char* name, const gfl_distillation_args& args);
+DecodeProblem describe(const char* name, const gfl_decode_args& args);  // without values
 // The level whose first anchor is number `first`, with the gradient's scales left at 0.
 HeadProblem describe(const char* name, const gfl_head_args& args, int level, int64_t first);
 

@@ -3,7 +3,13 @@
 from ._version import __version__
 from .decode import DecodedBoxes, decode_boxes
 from .dispatch import backends, use_backend
-from .functional import distribution_focal_loss, integral, quality_focal_loss
+from .functional import (
+    bin_weights,
+    distribution_focal_loss,
+    integral,
+    localization_distillation_loss,
+    quality_focal_loss,
+)
 from .head import GFLLossOutput, gfl_loss, task_aligned_loss
 from .modules import DistributionFocalLoss, GFLLoss, Integral, QualityFocalLoss
 
@@ -16,10 +22,12 @@ __all__ = [
     "QualityFocalLoss",
     "__version__",
     "backends",
+    "bin_weights",
     "decode_boxes",
     "distribution_focal_loss",
     "gfl_loss",
     "integral",
+    "localization_distillation_loss",
     "quality_focal_loss",
     "task_aligned_loss",
     "use_backend",

@@ -78,6 +78,7 @@ def distribution_focal_loss(
     avg_factor: float | Tensor | None = None,
     reduction: str = "mean",
     bin_dim: int = -1,
+    bins: Sequence[float] | None = None,
 ) -> Tensor:
     r"""Distribution Focal Loss, fused: cross entropy against the two bins around the target.
 
@@ -96,6 +97,11 @@ def distribution_focal_loss(
         weight: a weight per row [...]. Rows of weight 0 are not read.
         avg_factor, reduction: as in :func:`quality_focal_loss`.
         bin_dim: where the bins lie in pred, 1 for [B, K, A].
+        bins: (lower, upper, step), both ends among the K bins, if the target is not a number of a
+            bin but in units of its own, in which bin k lies at lower + k step: PP-YOLOE's
+            ``reg_range`` (-2, 17) is (-2, 16, 1). The target is clamped into [lower, upper]; hosts
+            that stop short of the end (PP-YOLOE at 15.99 of 16) clamp it themselves. Not with a
+            triple: :func:`gfl_kernels.bin_weights` makes one for bins of any spacing.
 
     Returns:
         A scalar, or [...] for "none"; float32, or float64 for float64.
@@ -103,7 +109,42 @@ def distribution_focal_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`quality_focal_loss`.
     """
+    if bins is not None:
+        target = _in_bins(pred, target, bins, bin_dim)
     return _distribution_focal_loss(pred, target, weight, avg_factor, reduction, bin_dim)
+
+
+def bin_weights(target: Tensor, bins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""(left, weight_left, weight_right) of targets among bins of any spacing, a target of
+    :func:`distribution_focal_loss`: D-FINE's fine-grained localization loss.
+
+    .. math:: l = |\{k : y_k \le t\}| - 1, \quad w_r = \frac{t - y_l}{y_{l + 1} - y_l}, \quad
+        w_l = 1 - w_r
+
+    A target below the first bin has l = 0 and all weight there, one from the last bin on l = K - 2
+    and all weight on the last bin. The weights of a NaN are NaN. Source: Peng et al. 2024,
+    D-FINE's ``translate_gt``, whose numbers these are with ``bins`` its ``weighting_function``.
+    Nothing is read by the host.
+
+    Args:
+        target: [...], in the bins' units; any dtype.
+        bins: the value of each bin [K], K >= 2, strictly ascending.
+
+    Returns:
+        Three tensors [...], left int64, the weights float32, or float64 if one of the two is.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong type, device or shape.
+    """
+    name = "bin_weights"
+    for argument, tensor in (("target", target), ("bins", bins)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {argument} must be a Tensor, got {type(tensor).__name__}")
+    _check_tensor(name, "bins", bins, target)
+    if bins.dim() != 1 or bins.shape[0] < 2:
+        raise ValueError(f"{name}: bins must have shape (K,), K >= 2, got {tuple(bins.shape)}")
+    dtype = reference.accumulate_dtype(torch.promote_types(target.dtype, bins.dtype))
+    return reference.bin_weights(target.to(dtype), bins.to(dtype))
 
 
 def integral(
@@ -137,6 +178,93 @@ def integral(
     if torch.compiler.is_compiling():
         return torch.ops.gfl_kernels.integral_forward(pred, bins)
     return ops.apply_distribution_integral(backend, pred, bins)
+
+
+def localization_distillation_loss(
+    pred: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 10.0,
+    bin_reduction: str = "mean",
+    weight: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    reduction: str = "mean",
+    bin_dim: int = -1,
+) -> Tensor:
+    r"""Localization distillation, fused: the student's distributions drawn to the teacher's.
+
+    .. math:: L = T^2 \, \mathrm{KL}(\mathrm{softmax}(z_t / T) \,\|\, \mathrm{softmax}(z / T))
+
+    for each row (side of a box), the teacher being a constant. Source: Zheng et al. 2022,
+    "Localization Distillation for Dense Object Detection"; mmdetection's
+    ``KnowledgeDistillationKLDivLoss``.
+
+    ====================  ===========  =============  =============================================
+    code                  temperature  bin_reduction  rows
+    ====================  ===========  =============  =============================================
+    mmdetection's LDHead  10           "mean"         weight and avg_factor as given
+    YOLOv6                20           "sum"          "mean" over rows, before any weight
+    D-FINE's DDF          5            "sum"          "sum", an IoU or score weight divided by
+                                                      sqrt(n) (sqrt(n_pos) + sqrt(n_neg)), n the rows
+                                                      of the row's own kind, matched or not
+    ====================  ===========  =============  =============================================
+
+    Args:
+        pred: the student's logits [..., K]; float32, float64, bfloat16 or float16, any strides.
+        teacher: its logits, of pred's shape. The wider of two dtypes serves both.
+        temperature: T > 0.
+        bin_reduction: "mean" divides the divergence by K; "sum" is the divergence.
+        weight: a weight per row [...]. Rows of weight 0 contribute exactly 0.
+        avg_factor, reduction: as in :func:`quality_focal_loss`.
+        bin_dim: where the bins lie in both, 1 for [B, K, A].
+
+    Returns:
+        A scalar, or [...] for "none"; float32, or float64 for float64.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quality_focal_loss`.
+    """
+    name = "localization_distillation_loss"
+    _check_pred(name, pred, bin_dim, "K", "bin_dim")
+    _check_tensor(name, "teacher", teacher, pred)
+    if not teacher.is_floating_point():
+        raise TypeError(f"{name}: teacher must have a floating dtype, got {teacher.dtype}")
+    if teacher.shape != pred.shape:
+        raise _wrong_shape(name, "teacher", "pred's shape", pred.shape, teacher)
+    _check_number(name, "temperature", temperature)
+    if not temperature > 0:
+        raise ValueError(f"{name}: temperature must be > 0, got {temperature}")
+    if bin_reduction not in ("mean", "sum"):
+        raise ValueError(f"{name}: bin_reduction must be mean or sum, got {bin_reduction!r}")
+    if weight is not None:
+        _check_row_tensor(name, "weight", weight, pred, _rows(pred, bin_dim))
+    avg_factor = _check_reduction(name, reduction, avg_factor, pred)
+    teacher = teacher.detach()
+    if teacher.dtype != pred.dtype:
+        dtype = torch.promote_types(teacher.dtype, pred.dtype)
+        pred, teacher = pred.to(dtype), teacher.to(dtype)
+    backend = dispatch.choose(name, pred, weight)
+    if backend == "reference":
+        return reference.localization_distillation_loss(
+            pred,
+            teacher,
+            temperature=temperature,
+            bin_reduction=bin_reduction,
+            weight=weight,
+            avg_factor=avg_factor,
+            reduction=reduction,
+            bin_dim=bin_dim,
+        )
+    return _run(
+        ops.apply_distillation,
+        torch.ops.gfl_kernels.distillation_forward,
+        (_last(pred, bin_dim), _last(teacher, bin_dim), weight),
+        (float(temperature),),
+        reduction,
+        avg_factor,
+        reference.distillation_scale(temperature, bin_reduction, pred.shape[bin_dim]),
+        backend,
+    )
 
 
 def _quality_focal_loss(
@@ -284,6 +412,19 @@ def _bin_range(name: str, bins, count: int) -> tuple[float, float, float]:
             f"{name}: bins from {lower} to {upper} in steps of {step} do not match pred's {count}"
         )
     return float(lower), float(upper), float(step)
+
+
+def _in_bins(pred, target, bins, bin_dim: int) -> Tensor:
+    """A target in bins' units as a position in bins."""
+    name = "distribution_focal_loss"
+    _check_pred(name, pred, bin_dim, "K", "bin_dim")
+    if isinstance(target, (tuple, list)):
+        raise ValueError(f"{name}: bins must be None with a target (left, weight_left, ...)")
+    _check_row_tensor(name, "target", target, pred, _rows(pred, bin_dim))
+    lower, _, step = _bin_range(name, bins, pred.shape[bin_dim])
+    # Half targets would be rounded again.
+    dtype = reference.accumulate_dtype(target.dtype)
+    return (target.to(dtype) - lower) / step
 
 
 # Layout and reduction

@@ -50,6 +50,10 @@ _DISTRIBUTION = (
     "Tensor pred, Tensor target, Tensor? weight_left, Tensor? weight_right, Tensor? weight, "
     "Tensor? avg_factor, float scale, int reduction"
 )
+_DISTILLATION = (
+    "Tensor pred, Tensor teacher, Tensor? weight, Tensor? avg_factor, float temperature, "
+    "float scale, int reduction"
+)
 _LEVELS = (
     "Tensor[] cls, Tensor[] box, Tensor[] points, Tensor[] labels, Tensor[] box_targets, "
     "Tensor[] targets, Tensor[] label_weights"
@@ -85,6 +89,9 @@ SCHEMAS = {
     "head_backward": "(Tensor? grad_cls, Tensor? grad_bbox, Tensor? grad_dfl, "
     "Tensor? grad_levels_cls, Tensor? grad_levels_bbox, Tensor? grad_levels_dfl, "
     f"{_HEAD}) -> Tensor[]",
+    # teacher has pred's dtype.
+    "distillation_forward": f"({_DISTILLATION}, bool write_grad) -> (Tensor loss, Tensor grad)",
+    "distillation_backward": f"(Tensor grad_loss, {_DISTILLATION}) -> Tensor",
     # points and limits (height, width) [..., 2], strides [...] and cls [..., C] are rows as pred's
     # [..., 4 K]; stride and size are for all of them, size none for no image; window < 0 is the mean.
     # boxes and, if asked for, deviation [..., 4]; score and label (int64) [...] with cls; else empty.
@@ -161,6 +168,8 @@ _FAKES = {
     "head_boxes": _fake_head_boxes,
     "head_forward": _fake_head_forward,
     "head_backward": _fake_head_backward,
+    "distillation_forward": _fake_forward,
+    "distillation_backward": _fake_backward,
     "decode_boxes": _fake_decode_boxes,
 }
 
@@ -272,6 +281,22 @@ class DistributionIntegral(torch.autograd.Function):
         return None, op(grad_out, *ctx.saved_tensors), None
 
 
+class Distillation(torch.autograd.Function):
+    """Distillation; a backend, then what ``gfl_kernels::distillation_forward`` takes."""
+
+    @staticmethod
+    def forward(ctx, backend, *inputs):
+        loss, grad = dispatch.implementation(backend, "distillation_forward")(*inputs)
+        _save(ctx, 4, inputs, grad)
+        ctx.backend = backend
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad = _gradient(ctx, grad_loss, "distillation_backward", ctx.backend)
+        return None, grad, *_NO_GRADIENT[:7]
+
+
 class HeadOptions(NamedTuple):
     """What a head's loss takes besides tensors. The first four and the next four as the schemas."""
 
@@ -373,6 +398,7 @@ def _are_ones(upstream: Sequence[Tensor | None]) -> bool:
 apply_quality_focal = super(torch.autograd.Function, QualityFocal).apply
 apply_distribution_focal = super(torch.autograd.Function, DistributionFocal).apply
 apply_distribution_integral = super(torch.autograd.Function, DistributionIntegral).apply
+apply_distillation = super(torch.autograd.Function, Distillation).apply
 apply_head_loss = super(torch.autograd.Function, HeadLoss).apply
 
 
@@ -404,6 +430,7 @@ def _refuse_backward(name: str, why: str) -> None:
 
 _register_loss_autograd("quality", 5)
 _register_loss_autograd("distribution", 6)
+_register_loss_autograd("distillation", 4)
 torch.library.register_autograd(
     "gfl_kernels::integral_forward",
     lambda ctx, grad_out: (

@@ -120,6 +120,17 @@ def split_target(t: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
     return left, left + 1 - t, t - left
 
 
+def bin_weights(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(l, wl, wr) among bins of any spacing: y_l the last bin <= t, wr = (t - y_l) / (y_r - y_l),
+    wl = 1 - wr; beyond the bins all weight is on the first or the last. The weights of a NaN are
+    NaN. D-FINE (Peng et al. 2024), fine-grained localization.
+    """
+    left = torch.searchsorted(y.contiguous(), t.contiguous(), right=True) - 1
+    left = left.clamp(0, y.shape[0] - 2)
+    wr = ((t - y[left]) / (y[left + 1] - y[left])).clamp(0, 1)
+    return left, 1 - wr, wr
+
+
 def distribution_loss(z: Tensor, left: Tensor, wl: Tensor, wr: Tensor) -> Tensor:
     """Distribution Focal Loss of each row: -wl log p_l - wr log p_r, p = softmax(z), r = l + 1.
     GFL, eq. 6.
@@ -173,6 +184,16 @@ def moments(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     std = torch.where(spread, torch.where(spread, variance, 1).sqrt(), 0)
     log_p = torch.where(p == 0, 0, F.log_softmax(z, dim=-1))
     return mean, std, -(p * log_p).sum(-1)
+
+
+def distillation_loss(z: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL(p_t || p_s) of each row, p = softmax(. / temperature) of teacher and student: sum_k p_t,k
+    (log p_t,k - log p_s,k). A bin of p_t = 0 has no part in it.
+    """
+    log_p = F.log_softmax(z / temperature, dim=-1)
+    log_q = F.log_softmax(teacher / temperature, dim=-1)
+    q = log_q.exp()
+    return torch.where(q == 0, 0, q * (log_q - log_p)).sum(-1)
 
 
 # Box term. Boxes are xyxy in units of the stride, [..., 4].
@@ -345,6 +366,38 @@ def _bins(pred: Tensor, bins: Tensor | None, bin_dim: int) -> tuple[Tensor, Tens
     z = pred.movedim(bin_dim, -1).to(dtype)
     y = torch.arange(z.shape[-1], device=z.device, dtype=dtype) if bins is None else bins.to(dtype)
     return z, y
+
+
+def localization_distillation_loss(
+    pred: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 10.0,
+    bin_reduction: str = "mean",
+    weight: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    reduction: str = "mean",
+    bin_dim: int = -1,
+) -> Tensor:
+    """See :func:`gfl_kernels.localization_distillation_loss`."""
+    dtype = accumulate_dtype(pred.dtype)
+    z, t = (x.movedim(bin_dim, -1).to(dtype) for x in (pred, teacher.detach()))
+    if weight is not None:
+        weight = weight.to(dtype)
+        unread = weight == 0
+        z, t = (torch.where(unread.unsqueeze(-1), 0, x) for x in (z, t))
+    loss = distillation_loss(z, t, temperature) * distillation_scale(
+        temperature, bin_reduction, z.shape[-1]
+    )
+    if weight is not None:
+        loss = torch.where(unread, 0, loss * weight)
+    return _reduce(loss, reduction, avg_factor)
+
+
+def distillation_scale(temperature: float, bin_reduction: str, bins: int) -> float:
+    """What a row's divergence is multiplied by: T^2, which makes gradients independent of T to
+    first order, divided by the bins for their mean."""
+    return temperature**2 / (bins if bin_reduction == "mean" else 1)
 
 
 def decode_boxes(

@@ -48,13 +48,16 @@ def mmdet():
     package = pytest.importorskip("mmdet", reason="mmdetection is not installed")
     assert package.__version__ == "3.3.0"
     from mmdet.models.dense_heads import gfl_head
-    from mmdet.models.losses import gfocal_loss
+    from mmdet.models.losses import gfocal_loss, kd_loss
+    from mmdet.structures.bbox import distance2bbox
 
     return types.SimpleNamespace(
         QualityFocalLoss=gfocal_loss.QualityFocalLoss,
         DistributionFocalLoss=gfocal_loss.DistributionFocalLoss,
         Integral=gfl_head.Integral,
         GFLHead=gfl_head.GFLHead,
+        distance2bbox=distance2bbox,
+        KnowledgeDistillationKLDivLoss=kd_loss.KnowledgeDistillationKLDivLoss,
     )
 
 

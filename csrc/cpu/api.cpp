@@ -213,6 +213,18 @@ extern "C" int gfl_integral_cpu(const gfl_integral_args* args) {
   });
 }
 
+extern "C" int gfl_distillation_cpu(const gfl_distillation_args* args) {
+  using namespace gfl;
+  return guarded([&] {
+    DistillationProblem d = describe("gfl_distillation_cpu", *args);
+    d.scale = scale_of(args->scale, args->avg_factor);
+    using D = DistillationProblem;
+    const double sum = run_blocks(table().distillation, d, d.bins, &D::pred, &D::teacher,
+                                  &D::weight, &D::grad_loss, &D::loss, &D::grad);
+    if (args->loss && args->loss->ndim == 0) write_scalar(args->loss, sum * d.scale);
+  });
+}
+
 extern "C" int gfl_decode_cpu(const gfl_decode_args* args) {
   using namespace gfl;
   return guarded([&] {

@@ -115,6 +115,45 @@ __attribute__((always_inline)) void rows_to_lanes(int64_t n, int64_t stride, con
   }
 }
 
+// And back, of the first `lanes`: from(k) is column k.
+template <typename S, typename Row, typename From>
+__attribute__((always_inline)) void lanes_to_rows(int64_t n, int64_t stride, int lanes,
+                                                  const Row& row, const From& from) {
+  using V = Vector<Accumulator<S>>;
+  constexpr int kN = kLanes<Accumulator<S>>;
+  int64_t k = 0;
+  if (stride == 1) {
+    V square[kN];
+    for (; k + kN <= n; k += kN) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kN; ++j) square[j] = from(k + j);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kN; ++i) {
+        if (i < lanes) store(row(i) + k, square[i]);
+      }
+    }
+    if (const int rest = static_cast<int>(n - k); rest > kN / 4) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kN; ++j) square[j] = j < rest ? from(k + j) : V{};
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kN; ++i) {
+        if (i < lanes) store_first(row(i) + k, square[i], rest);
+      }
+      return;
+    }
+  }
+  for (; k < n; ++k) {
+    S column[kN];
+    store(column, from(k));
+#pragma GCC unroll 16
+    for (int i = 0; i < kN; ++i) {
+      if (i < lanes) row(i)[k * stride] = column[i];
+    }
+  }
+}
+
 // Cuts arrays out of the scratch memory.
 class Scratch {
  public:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .decode import decode_boxes
 from .distribution import (
     distribution_backward,
     distribution_forward,
@@ -12,6 +13,7 @@ from .head import head_backward, head_boxes, head_forward
 from .quality import quality_backward, quality_forward
 
 __all__ = [
+    "decode_boxes",
     "distribution_backward",
     "distribution_forward",
     "head_backward",

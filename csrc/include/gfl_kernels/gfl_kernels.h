@@ -162,6 +162,22 @@ GFL_API int64_t gfl_head_cuda_workspace_bytes(const gfl_head_args* args);
 GFL_API int gfl_head_boxes_cuda(const gfl_head_args* args, void* workspace, void* stream);
 GFL_API int gfl_head_cuda(const gfl_head_args* args, void* workspace, void* stream);
 
+/* Distillation: L = KL(softmax(teacher / temperature) || softmax(pred / temperature)) of each row,
+ * the teacher a constant. */
+typedef struct {
+  const gfl_view* pred;       /* [..., K] */
+  const gfl_view* teacher;    /* [..., K] logits in pred's dtype */
+  const gfl_view* weight;     /* [...] optional */
+  const gfl_view* avg_factor; /* one element, optional */
+  const gfl_view* grad_loss;  /* [...] or [], optional (1) */
+  const gfl_view* loss;       /* [...] or [], optional */
+  const gfl_view* grad;       /* [..., K], optional */
+  double temperature;
+  double scale;
+} gfl_distillation_args;
+
+GFL_API int gfl_distillation_cpu(const gfl_distillation_args* args);
+
 /* Distributions to boxes: x1, y1, x2, y2 = the point less and plus stride * E of the sides left,
  * top, right and bottom, clipped to [0, width] and [0, height]; with cls the highest sigmoid of
  * each row and its class. Results are float32, float64 for float64. */
