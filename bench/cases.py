@@ -45,6 +45,21 @@ def _loss(targets: Callable[[int, int, int], int]) -> Work:
     )
 
 
+def _decode(classes: int) -> Work:
+    """Of sides, four to an anchor with a point of 8 bytes and a box of 16, a score and a label."""
+
+    def forward(n, c, b, t):
+        return n * c * b + 6 * n + (n // 4 * (classes * b + 12) if classes else 0)
+
+    return Work(
+        targets=lambda n, c, b: 0,
+        forward=forward,
+        # The distributions a second time, and their gradient; only plain operations have one.
+        backward=lambda n, c, b, t: 2 * n * c * b + 4 * n,
+        step=lambda n, c, b, t: forward(n, c, b, t) + 2 * n * c * b + 4 * n,
+    )
+
+
 WORK = {
     ("qfl", "sparse"): _loss(lambda n, c, b: 8 + b),  # int64 label, score in the logits' dtype
     ("qfl", "dense"): _loss(lambda n, c, b: c * b),
@@ -57,6 +72,9 @@ WORK = {
         backward=lambda n, c, b, t: 2 * n * c * b + 4 * n,
         step=lambda n, c, b, t: 3 * n * c * b + 8 * n,
     ),
+    ("ld", ""): _loss(lambda n, c, b: c * b),  # the teacher's logits
+    ("decode", ""): _decode(0),
+    ("decode", "scored"): _decode(80),
 }
 
 
@@ -102,7 +120,7 @@ class Case:
     def bytes(self, which: str) -> int:
         """Bytes the pass has to move at least."""
         work = WORK[self.op, self.form]
-        weighted = self.weighted and self.op != "integral"
+        weighted = self.weighted and self.op not in ("integral", "decode")
         return work.bytes(which, self.rows, self.width, ITEM_BYTES[self.dtype], weighted)
 
 
@@ -117,6 +135,10 @@ QFL_DENSE = Case("qfl", "dense", (COCO_LARGE, 80), note="COCO", passes=PASSES, q
 DFL_LARGE = Case("dfl", "", (SIDES, 17), passes=PASSES, quick=True)
 DFL_SMALL = Case("dfl", "", (FEW_SIDES, 17), passes=PASSES, quick=True)
 INTEGRAL = Case("integral", "", (SIDES, 17), passes=PASSES, quick=True)
+DECODE = Case("decode", "", (SIDES, 17), note="boxes, clipped", passes=(FORWARD,))
+DECODE_SCORED = Case(
+    "decode", "scored", (SIDES, 17), note="and the best of 80 classes", passes=(FORWARD,)
+)
 TINY = Case("qfl", "sparse", (64, 80), note="one call", weighted=False, passes=PASSES, quick=True)
 
 CASES = (
@@ -147,6 +169,10 @@ CASES = (
     INTEGRAL,
     Case("integral", "", (SIDES, 17), "bfloat16"),
     Case("integral", "", (SIDES, 17), "float16"),
+    Case("ld", "", (SIDES, 17), passes=PASSES),
+    DECODE,
+    DECODE_SCORED,
+    Case("decode", "scored", (SIDES, 17), "bfloat16", passes=(FORWARD,)),
 )
 
 # Instruction sets are compared on these, denormals on the QFL ones, forward + backward.

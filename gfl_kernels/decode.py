@@ -74,8 +74,9 @@ def decode_boxes(
 
     Returns:
         Boxes [..., A, 4], or [B, A, 4]: x1 y1 x2 y2 in pixels. With ``cls_logits`` or
-        ``return_uncertainty`` a :class:`DecodedBoxes` (boxes, scores [..., A], labels [..., A] int64,
-        uncertainty [..., A, 4]), None for what was not asked for. float32, or float64 for float64.
+        ``return_uncertainty`` a :class:`DecodedBoxes`: boxes, scores [..., A], labels [..., A] in
+        int64, uncertainty [..., A, 4]; None for what was not asked for. float32, or float64 for
+        float64.
 
     The kernels have no gradient. Where one is asked for, plain PyTorch operations compute the boxes
     and their gradient, unless a backend is forced; under ``torch.no_grad()``, or with detached
@@ -140,7 +141,9 @@ def decode_boxes(
     if isinstance(max_shape, Tensor):
         _check_tensor(name, "max_shape", max_shape, pred)
         if max_shape.shape not in ((2,), (*images, 2)):
-            raise _wrong_shape(name, "max_shape", "(height, width) per image,", (*images, 2), max_shape)
+            raise _wrong_shape(
+                name, "max_shape", "(height, width) per image,", (*images, 2), max_shape
+            )
         limits = max_shape.view(*max_shape.shape[:-1], *[1] * len(cells), 2).expand(*rows, 2)
     elif max_shape is not None:
         if not isinstance(max_shape, Sequence) or len(max_shape) != 2:
@@ -177,9 +180,9 @@ def _check_channels(name: str, argument: str, tensor, dim: int, channels: str) -
     if tensor.layout is not torch.strided:
         raise _wrong_layout(name, argument, tensor)
     if tensor.dim() not in (3, 4) if dim == 1 else tensor.dim() < 2:
-        shape = f"[B, {channels}, A] or [B, {channels}, H, W]" if dim == 1 else f"[..., A, {channels}]"
-        raise ValueError(
-            f"{name}: {argument} must have shape {shape}, got {tuple(tensor.shape)}"
+        shape = (
+            f"[B, {channels}, A] or [B, {channels}, H, W]" if dim == 1 else f"[..., A, {channels}]"
         )
+        raise ValueError(f"{name}: {argument} must have shape {shape}, got {tuple(tensor.shape)}")
     if tensor.shape[dim] == 0:
         raise ValueError(f"{name}: {argument} must have at least one channel")

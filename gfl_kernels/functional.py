@@ -162,8 +162,8 @@ def integral(
         bin_dim: where the bins lie in pred.
 
     Returns:
-        [...], in the bins' units; float32, or float64 for float64: half precision would move a box by up to
-        0.1 bin. The gradient has pred's dtype and layout.
+        [...], in the bins' units; float32, or float64 for float64: half precision would move a box
+        by up to 0.1 bin. The gradient has pred's dtype and layout.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`quality_focal_loss`.
@@ -199,15 +199,11 @@ def localization_distillation_loss(
     "Localization Distillation for Dense Object Detection"; mmdetection's
     ``KnowledgeDistillationKLDivLoss``.
 
-    ====================  ===========  =============  =============================================
-    code                  temperature  bin_reduction  rows
-    ====================  ===========  =============  =============================================
-    mmdetection's LDHead  10           "mean"         weight and avg_factor as given
-    YOLOv6                20           "sum"          "mean" over rows, before any weight
-    D-FINE's DDF          5            "sum"          "sum", an IoU or score weight divided by
-                                                      sqrt(n) (sqrt(n_pos) + sqrt(n_neg)), n the rows
-                                                      of the row's own kind, matched or not
-    ====================  ===========  =============  =============================================
+    mmdetection's LDHead has T = 10, the mean over bins, weights and an avg_factor. YOLOv6 has T =
+    20, the sum over bins, and the mean over rows before any weight. D-FINE's DDF has T = 5, the sum
+    over bins, and of matched and of other rows the means, weighed by the roots of their numbers:
+    ``reduction="sum"`` with each row's weight divided by sqrt(n) (sqrt(n_matched) + sqrt(n_other)),
+    n being n_matched or n_other.
 
     Args:
         pred: the student's logits [..., K]; float32, float64, bfloat16 or float16, any strides.

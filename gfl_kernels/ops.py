@@ -93,8 +93,9 @@ SCHEMAS = {
     "distillation_forward": f"({_DISTILLATION}, bool write_grad) -> (Tensor loss, Tensor grad)",
     "distillation_backward": f"(Tensor grad_loss, {_DISTILLATION}) -> Tensor",
     # points and limits (height, width) [..., 2], strides [...] and cls [..., C] are rows as pred's
-    # [..., 4 K]; stride and size are for all of them, size none for no image; window < 0 is the mean.
-    # boxes and, if asked for, deviation [..., 4]; score and label (int64) [...] with cls; else empty.
+    # [..., 4 K]; stride and size are for all of them, size empty where nothing is clipped; window <
+    # 0 is the mean. boxes and, if asked for, deviation [..., 4]; with cls score and label (int64)
+    # [...]; else these are empty.
     "decode_boxes": "(Tensor pred, Tensor points, Tensor? strides, Tensor? bins, Tensor? cls, "
     "Tensor? limits, float stride, float[] size, int window, bool write_deviation) "
     "-> (Tensor boxes, Tensor score, Tensor label, Tensor deviation)",

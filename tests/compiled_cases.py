@@ -17,6 +17,9 @@ from support import (
     row_weight,
     sparse_target,
 )
+from test_decode import EVERYTHING
+from test_decode import check as check_decode
+from test_decode import scene as points_and_strides
 from test_head import LAYOUTS, aligned, check, one_level, scene
 
 
@@ -107,6 +110,34 @@ def test_integral(compiled, dtype):
 
 def test_integral_of_given_bins(compiled):
     check_op("integral", logits(50, 8), bins=torch.linspace(-3, 9, 8), scale=9.0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_distillation(compiled, dtype):
+    student, teacher = (logits(131, 17, dtype=dtype, seed=seed) for seed in (0, 7))
+    weight = row_weight((131,))
+    student[weight == 0] = float("nan")  # not read
+    options = {"scale": 400.0, "grad_scale": 20.0}
+    check_op("distillation", student, teacher, weight=weight, avg_factor=7.0, **options)
+    if dtype == torch.float32:
+        laid, taught = (lay_out("nchw", logits(2, 5, 7, 8, seed=seed)) for seed in (0, 7))
+        options |= {"bin_dim": 1, "reduction": "none"}
+        check_op("distillation", laid.pred, taught.pred, **options)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_decode(compiled, dtype):
+    pred, cls = logits(131, 68, dtype=dtype), logits(131, 21, dtype=dtype, seed=1)
+    points, strides = points_and_strides(131)
+    check_decode(points, pred, strides=strides, cls_logits=cls, mode="peak", **EVERYTHING)
+
+
+def test_decode_planes(compiled):
+    pred, cls = logits(2, 68, 5, 7), logits(2, 80, 5, 7, seed=1)
+    points, strides = points_and_strides(35)
+    limits = torch.tensor([[60.0, 50.0], [40.0, 90.0]])
+    options = {"strides": strides, "max_shape": limits, "channel_dim": 1}
+    check_decode(points, pred, cls_logits=cls, **options)
 
 
 PYRAMID = {"sizes": ((9, 7), (5, 4), (3, 2), (2, 1), (1, 1)), "strides": (8, 16, 32, 64, 128)}

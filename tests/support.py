@@ -48,11 +48,13 @@ PUBLIC = {
     "quality": gfl_kernels.quality_focal_loss,
     "distribution": gfl_kernels.distribution_focal_loss,
     "integral": gfl_kernels.integral,
+    "distillation": gfl_kernels.localization_distillation_loss,
 }
 ORACLE = {
     "quality": reference.quality_focal_loss,
     "distribution": reference.distribution_focal_loss,
     "integral": reference.integral,
+    "distillation": reference.localization_distillation_loss,
 }
 
 

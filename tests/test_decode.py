@@ -109,9 +109,7 @@ def test_mmdet(backend, mmdet):  # noqa: F811
     cls = logits(40, 80, device=backend.device)
     distances = mmdet.Integral(16).double()(pred.double()) * 8
     expected = mmdet.distance2bbox(points.double(), distances, (60, 80))
-    out = decode_boxes(
-        points, pred, reg_max=16, strides=8, max_shape=(60, 80), cls_logits=cls
-    )
+    out = decode_boxes(points, pred, reg_max=16, strides=8, max_shape=(60, 80), cls_logits=cls)
     torch.testing.assert_close(out.boxes.double(), expected, rtol=1e-5, atol=1e-3)
     scores, labels = cls.double().sigmoid().max(-1)
     torch.testing.assert_close(out.scores.double(), scores, rtol=1e-5, atol=1e-7)
@@ -123,10 +121,16 @@ def test_mmdet(backend, mmdet):  # noqa: F811
 # ---- no worse than eager
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("first", "negative_dim")])
+@pytest.mark.parametrize(
+    "layout", [name for name in LAYOUTS if name not in ("first", "negative_dim")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts(backend, layout, dtype):
-    for bins, mode in ((17, "mean"), (5, "peak")) if INTERPRETED else combinations((2, 8, 17, 33), ("mean", "peak")):
+    for bins, mode in (
+        ((17, "mean"), (5, "peak"))
+        if INTERPRETED
+        else combinations((2, 8, 17, 33), ("mean", "peak"))
+    ):
         laid = lay_out(layout, logits(2, 5, 7, 4 * bins, dtype=dtype, device=backend.device))
         cls = lay_out(layout, logits(2, 5, 7, 9, dtype=dtype, device=backend.device, seed=3))
         anchors = 35 if laid.dim == 1 else laid.row_shape[-1]
@@ -163,7 +167,10 @@ def test_large(backend):
 
 
 def test_dtypes_of_the_other_operands(backend):
-    pred, (points, strides) = logits(30, 68, device=backend.device), scene(30, device=backend.device)
+    pred, (points, strides) = (
+        logits(30, 68, device=backend.device),
+        scene(30, device=backend.device),
+    )
     for dtype in (torch.float64, torch.float16, torch.int64, torch.int32):
         check(points.to(dtype), pred, strides=strides.to(dtype), max_shape=torch.tensor([60, 50]))
     half = logits(30, 11, dtype=torch.bfloat16, device=backend.device)
@@ -313,7 +320,10 @@ def test_opcheck(fused):
     points, strides = torch.rand(2, 4, 2), torch.ones(2, 4)
     limits = torch.full((2, 4, 2), 9.0)
     every = [t.to(fused.device) for t in (points, strides, torch.arange(5.0), cls, limits)]
-    for args in ((every[0], None, None, None, None, 2.0, [], -1, False), (*every, 1.0, [], 2, True)):
+    for args in (
+        (every[0], None, None, None, None, 2.0, [], -1, False),
+        (*every, 1.0, [], 2, True),
+    ):
         torch.library.opcheck(op, (pred, *args), test_utils=("test_schema", "test_faketensor"))
 
 

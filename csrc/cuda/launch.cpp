@@ -37,6 +37,12 @@ const void* find(const Launch& launch) {
       return head_losses_kernel_at(launch.dtype);
     case kHeadBoxGradKernel:
       return head_box_grad_kernel_at(launch.dtype);
+    case kDistillationKernel:
+      return distillation_kernel_at(launch.dtype);
+    case kDecodeKernel:
+      return decode_kernel_at(launch.dtype);
+    case kScoreKernel:
+      return score_kernel_at(launch.dtype);
   }
   return nullptr;
 }
@@ -90,6 +96,22 @@ int gfl_integral_cuda(const gfl_integral_args* args, void* stream) {
     gfl::Plan plan;
     gfl::plan("gfl_integral_cuda", *args, &plan);
     gfl::run("gfl_integral_cuda", plan, nullptr, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int gfl_distillation_cuda(const gfl_distillation_args* args, void* workspace, void* stream) {
+  return gfl::guarded([&] {
+    gfl::Plan plan;
+    gfl::plan("gfl_distillation_cuda", *args, static_cast<double*>(workspace), &plan);
+    gfl::run("gfl_distillation_cuda", plan, args->loss, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int gfl_decode_cuda(const gfl_decode_args* args, void* stream) {
+  return gfl::guarded([&] {
+    gfl::Plan plan;
+    gfl::plan("gfl_decode_cuda", *args, &plan);
+    gfl::run("gfl_decode_cuda", plan, nullptr, static_cast<cudaStream_t>(stream));
   });
 }
 

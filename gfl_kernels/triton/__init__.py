@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .decode import decode_boxes
+from .distillation import distillation_backward, distillation_forward
 from .distribution import (
     distribution_backward,
     distribution_forward,
@@ -14,6 +15,8 @@ from .quality import quality_backward, quality_forward
 
 __all__ = [
     "decode_boxes",
+    "distillation_backward",
+    "distillation_forward",
     "distribution_backward",
     "distribution_forward",
     "head_backward",

@@ -177,6 +177,7 @@ typedef struct {
 } gfl_distillation_args;
 
 GFL_API int gfl_distillation_cpu(const gfl_distillation_args* args);
+GFL_API int gfl_distillation_cuda(const gfl_distillation_args* args, void* workspace, void* stream);
 
 /* Distributions to boxes: x1, y1, x2, y2 = the point less and plus stride * E of the sides left,
  * top, right and bottom, clipped to [0, width] and [0, height]; with cls the highest sigmoid of
@@ -198,6 +199,7 @@ typedef struct {
 } gfl_decode_args;
 
 GFL_API int gfl_decode_cpu(const gfl_decode_args* args);
+GFL_API int gfl_decode_cuda(const gfl_decode_args* args, void* stream);
 
 GFL_API const char* gfl_last_error(void);
 

@@ -1,0 +1,239 @@
+"""Draws what decode_boxes sees: distributions of box sides, their mean, peak, spread and the boxes.
+
+    python -m bench.gallery            # trains the digits detector for a minute or two first
+    python -m bench.gallery --quick    # a few steps, to see that everything runs
+
+The detector of bench/digits is trained with gfl_kernels' losses and run on held-out scenes. Shown
+are found digits with a side that has two modes, the farther apart mean and peak the better, below
+one whose sides are sure. Writes gallery.png to bench/out/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.patches import Patch
+from rich.console import Console
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from bench.digits import boxes as box_ops
+from bench.digits.detector import STRIDES, Detector
+from bench.digits.pictures import OURS, PLAIN, SHOWN_SCORE, SIDES, TRUTH, rectangle, save
+from bench.digits.scenes import IMAGE_SIZE, Scenes, make_scenes
+from bench.digits.train import Run
+from bench.train_digits import OURS as OUR_LOSSES
+from bench.train_digits import QUICK, THREADS, Size, make_plan, progress_bar
+from gfl_kernels import decode_boxes
+
+FULL = Size(steps=250, batch_size=16, scenes=800, held_out=120)
+PEAK, SPREAD = "#7b2d8b", "#f4b183"
+WINDOW = 1  # bins on either side of the highest
+NMS_IOU = 0.6
+AMBIGUOUS = 2  # of them are shown, below a sure one
+
+
+@dataclass
+class Found:
+    """A detection: its box by the mean and by the peak, and what they were decoded from."""
+
+    image: Tensor  # [S, S]
+    label: int
+    score: float
+    true_box: Tensor  # [4]
+    point: Tensor  # [2]
+    stride: float
+    sides: Tensor  # [4, K] distributions
+    mean: Tensor  # [4] boxes, xyxy pixels
+    peak: Tensor
+    deviation: Tensor  # [4] of the sides, pixels
+
+    def distances(self, box: Tensor) -> Tensor:
+        """Of a box's sides from the point, in bins."""
+        low, high = self.point - box[:2], box[2:] - self.point
+        return torch.cat([low, high]) / self.stride
+
+    def apart(self) -> Tensor:
+        """How far mean and peak lie apart, in bins; 0 beyond the image, where both are clipped."""
+        return (self.distances(self.mean) - self.distances(self.peak)).abs()
+
+
+@torch.no_grad()
+def find(model: Detector, scenes: Scenes) -> list[Found]:
+    """Detections of the right class that are on their digit."""
+    model.eval()
+    cls_scores, bbox_preds = model(scenes.images)
+    cls, pred = (torch.cat([x.flatten(2) for x in maps], 2) for maps in (cls_scores, bbox_preds))
+    points = torch.cat(model.head.centers)
+    strides = torch.cat(
+        [torch.full((len(c),), float(s)) for c, s in zip(model.head.centers, STRIDES, strict=True)]
+    )
+    options = {"strides": strides, "max_shape": (IMAGE_SIZE, IMAGE_SIZE), "channel_dim": 1}
+    out = decode_boxes(points, pred, cls_logits=cls, return_uncertainty=True, **options)
+    peaks = decode_boxes(points, pred, mode="peak", window=WINDOW, **options)
+    found = []
+    for i in range(len(scenes)):
+        sure = (out.scores[i] > SHOWN_SCORE).nonzero().squeeze(1)
+        kept = batched_nms(out.boxes[i, sure], out.scores[i, sure], out.labels[i, sure], NMS_IOU)
+        for anchor in sure[kept].tolist():
+            overlap, best = box_ops.iou(out.boxes[i, anchor], scenes.boxes[i]).max(dim=0)
+            if overlap < 0.5 or scenes.labels[i][best] != out.labels[i, anchor]:
+                continue
+            found.append(
+                Found(
+                    image=scenes.images[i, 0],
+                    label=int(out.labels[i, anchor]),
+                    score=float(out.scores[i, anchor]),
+                    true_box=scenes.boxes[i][best],
+                    point=points[anchor],
+                    stride=float(strides[anchor]),
+                    sides=pred[i, :, anchor].view(4, -1).softmax(dim=-1),
+                    mean=out.boxes[i, anchor],
+                    peak=peaks[i, anchor],
+                    deviation=out.uncertainty[i, anchor],
+                )
+            )
+    return found
+
+
+def choose(found: list[Found]) -> list[Found]:
+    """The surest one of middling size, then those whose mean and peak differ most."""
+    if not found:
+        return []
+    by_gap = sorted(found, key=lambda f: -float(f.apart().max()))[:AMBIGUOUS]
+    others = [f for f in found if all(f is not g for g in by_gap)]
+    sure = sorted(others, key=lambda f: float((f.deviation / f.stride).max()))[:1]
+    return sure + by_gap
+
+
+def draw(path: Path, examples: list[Found]) -> Path:
+    """A row to each: the image with both boxes, and the distribution of every side."""
+    figure, grid = plt.subplots(
+        len(examples), 5, figsize=(19, 3.7 * len(examples) + 1.1), layout="constrained",
+        squeeze=False, width_ratios=(1.25, 1, 1, 1, 1),
+    )  # fmt: skip
+    for axes, example in zip(grid, examples, strict=True):
+        _image(axes[0], example)
+        ambiguous = int(example.apart().argmax())
+        for side, panel in enumerate(axes[1:]):
+            wide = float(example.apart()[side]) >= 1
+            _side(panel, example, side, strong=wide and side == ambiguous)
+        axes[1].set_ylabel("probability")
+    handles = [
+        Patch(color=TRUTH, label="true side"),
+        Patch(color=OURS, label='mode="mean"'),
+        Patch(color=PEAK, label=f'mode="peak", window={WINDOW}'),
+        Patch(color=SPREAD, label="mean ± standard deviation (return_uncertainty=True)"),
+        Patch(color=PLAIN, label="distribution over the bins"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=12)
+    figure.suptitle(
+        "decode_boxes on held-out digits: where a side has two modes, the mean lies between them",
+        fontsize=16,
+    )
+    return save(figure, path)
+
+
+def _image(axes, f: Found) -> None:
+    axes.imshow(f.image, cmap="gray", extent=(0, IMAGE_SIZE, IMAGE_SIZE, 0))
+    x1, y1, x2, y2 = f.mean.tolist()
+    for side, (low, high) in enumerate(((x1, x1), (y1, y1), (x2, x2), (y2, y2))):
+        around = float(f.deviation[side])
+        if side % 2 == 0:
+            box = (low - around, y1, high + around, y2)
+        else:
+            box = (x1, low - around, x2, high + around)
+        band = rectangle(box, SPREAD, linewidth=0)
+        band.set(fill=True, facecolor=SPREAD, alpha=0.3)
+        axes.add_patch(band)
+    axes.add_patch(rectangle(f.true_box.tolist(), TRUTH, linewidth=2, linestyle=(0, (3, 2))))
+    axes.add_patch(rectangle(f.peak.tolist(), PEAK, linewidth=2))
+    axes.add_patch(rectangle(f.mean.tolist(), OURS, linewidth=2))
+    axes.plot(*f.point.tolist(), marker="+", color="#ffd166", markersize=12, mew=2.2)
+    corners = torch.stack([f.true_box, f.mean, f.peak])
+    low, high = corners[:, :2].amin(0), corners[:, 2:].amax(0)
+    half = 0.5 * float((high - low).max()) + max(4.0, float(f.deviation.max()) + 1)
+    x, y = ((low + high) / 2).tolist()
+    axes.set_xlim(x - half, x + half)
+    axes.set_ylim(y + half, y - half)
+    axes.set_facecolor("#22252b")
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(f"digit {f.label}, score {f.score:.2f}", fontsize=13)
+
+
+def _side(panel, f: Found, side: int, strong: bool) -> None:
+    p = f.sides[side].numpy()
+    bins = np.arange(len(p))
+    mean = float((p * bins).sum())
+    peak = float(f.distances(f.peak)[side])
+    spread = float(f.deviation[side]) / f.stride
+    true = float(f.distances(f.true_box)[side])
+    panel.axvspan(mean - spread, mean + spread, color=SPREAD, alpha=0.35, linewidth=0)
+    panel.bar(bins, p, color=PLAIN, alpha=0.85, width=0.8)
+    for x, color, style in ((true, TRUTH, (0, (3, 2))), (peak, PEAK, "-"), (mean, OURS, "-")):
+        panel.axvline(x, color=color, linewidth=2.6, linestyle=style)
+    last = bins[p > 0.005].max(initial=0)
+    panel.set_xlim(-0.7, max(6, last + 2, true + 1) + 0.7)
+    panel.set_ylim(0, max(0.55, 1.35 * float(p.max())))
+    panel.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    pixels = (mean * f.stride, spread * f.stride, peak * f.stride, true * f.stride)
+    panel.text(
+        0.97,
+        0.96,
+        "mean {:.1f} ± {:.1f} px\npeak {:.1f} px\ntrue {:.1f} px".format(*pixels),
+        transform=panel.transAxes,
+        ha="right",
+        va="top",
+        fontsize=11,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2},
+    )
+    panel.set_title(
+        f"{SIDES[side]} side" + (": two modes" if strong else ""),
+        fontsize=13,
+        fontweight="bold" if strong else "normal",
+        color=PEAK if strong else "black",
+    )
+    if strong:
+        panel.set_facecolor("#f7f0fa")
+    panel.set_xlabel(f"distance from the anchor, bins of {f.stride:g} px")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gallery",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="few steps, to see that it runs")
+    parser.add_argument("--seed", type=int, default=1, help="of scenes, weights and order")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
+    options = parser.parse_args(arguments)
+    size = QUICK if options.quick else FULL
+    console = Console()
+    torch.set_num_threads(THREADS)
+    held_out = make_scenes(size.held_out, options.seed, held_out=True)
+    plan = make_plan(size, options.seed)
+    run = Run("gfl_kernels", plan, OUR_LOSSES, THREADS)
+    with progress_bar(console) as progress:
+        task = progress.add_task("training", total=plan.steps, losses="")
+        for scene_numbers in plan.order():
+            loss = run.step(scene_numbers)
+            progress.update(task, advance=1, losses=f"loss {loss:.3f}")
+    examples = choose(find(run.model, held_out))
+    if not examples:
+        console.print("Nothing was found on the held-out scenes: there is nothing to draw.")
+        return 0 if options.quick else 1
+    options.out.mkdir(parents=True, exist_ok=True)
+    console.print(f"Written: {draw(options.out / 'gallery.png', examples)}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
