@@ -395,8 +395,8 @@ def _bin_values(name: str, bins, count: int, pred: Tensor) -> Tensor | None:
 def _bin_range(name: str, bins, count: int) -> tuple[float, float, float]:
     """(lower, upper, step) of count evenly spaced bins, both ends among them."""
     if not isinstance(bins, Sequence) or len(bins) != 3:
-        raise ValueError(
-            f"{name}: bins must be (lower, upper, step) or a tensor of values, got {bins!r}"
+        raise TypeError(
+            f"{name}: bins must be a Tensor or (lower, upper, step), got {type(bins).__name__}"
         )
     for argument, value in zip(("lower", "upper", "step"), bins, strict=True):
         _check_number(name, f"bins' {argument}", value)

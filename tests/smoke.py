@@ -31,6 +31,7 @@ def cases(dtype):
     yield "distribution_focal_loss", (bins, (left, 1 - fraction, fraction)), {"reduction": "sum"}
     yield "integral", (bins,), {}
     yield "integral", (bins,), {"bins": torch.linspace(-1.0, 1.0, 17)}
+    yield "localization_distillation_loss", (bins, bins.flip(1)), {}
 
 
 def value_and_grad(function, args, options, upstream):

@@ -371,7 +371,7 @@ def test_errors():
         (ValueError, "window must be an int >= 0, got -1", {"mode": "peak", "window": -1}),
         (ValueError, r"bins must have \(K,\) \(17,\), got \(16,\)", {"bins": torch.zeros(16)}),
         (ValueError, "do not match pred's 17", {"bins": (0, 17, 1)}),
-        (ValueError, "bins must be .lower, upper, step.", {"bins": (0, 17)}),
+        (TypeError, "bins must be a Tensor or .lower, upper, step., got tuple", {"bins": (0, 17)}),
         (ValueError, "step must be > 0, got 0", {"bins": (0, 16, 0)}),
         (TypeError, "bins' lower must be a number, got str", {"bins": ("0", 16, 1)}),
         (ValueError, r"strides must have shape \[A\] = \(6,\)", {"strides": torch.zeros(5)}),
