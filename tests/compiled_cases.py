@@ -22,6 +22,8 @@ from test_decode import check as check_decode
 from test_decode import scene as points_and_strides
 from test_head import LAYOUTS, aligned, check, one_level, scene
 
+import gfl_kernels
+
 
 # Shapes are odd and reach into a second tile; a case is a compilation or two of some seconds.
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -138,6 +140,45 @@ def test_decode_planes(compiled):
     limits = torch.tensor([[60.0, 50.0], [40.0, 90.0]])
     options = {"strides": strides, "max_shape": limits, "channel_dim": 1}
     check_decode(points, pred, cls_logits=cls, **options)
+
+
+def dram_bytes(compiled, call):
+    compiled.reports.clear()
+    result = call()
+    moved = sum(r.dram_bytes_read + r.dram_bytes_written for r in compiled.reports)
+    return moved, result
+
+
+@pytest.mark.parametrize("planes", [False, True], ids=["rows", "planes"])
+def test_decode_moves_every_byte_once(compiled, planes):
+    if compiled.launch_options["approx"] != "nearest":
+        pytest.skip("approximate instructions move no bytes")
+    anchors = 768
+    pred, cls = logits(1, anchors, 68), logits(1, anchors, 80)
+    points, strides = points_and_strides(anchors)
+    if planes:
+        pred, cls = (x.transpose(1, 2).contiguous() for x in (pred, cls))
+    options = {"cls_logits": cls, "strides": strides, "channel_dim": 1 if planes else -1}
+    moved, _ = dram_bytes(compiled, lambda: gfl_kernels.decode_boxes(points, pred, **options))
+    needed = anchors * (68 * 4 + 80 * 4 + 8 + 4 + 16 + 4 + 8)  # point, stride; box, score, label
+    assert needed <= moved <= 1.05 * needed
+
+
+@pytest.mark.parametrize("planes", [False, True], ids=["rows", "planes"])
+def test_distillation_moves_every_byte_once(compiled, planes):
+    if compiled.launch_options["approx"] != "nearest":
+        pytest.skip("approximate instructions move no bytes")
+    student, teacher = (logits(1, 1536, 17, seed=seed) for seed in (0, 7))
+    if planes:
+        student, teacher = (x.transpose(1, 2).contiguous() for x in (student, teacher))
+    loss = gfl_kernels.localization_distillation_loss
+    student.requires_grad_()
+    dim = 1 if planes else -1
+    size = student.numel() * 4
+    moved, value = dram_bytes(compiled, lambda: loss(student, teacher, bin_dim=dim, avg_factor=9.0))
+    assert 2 * size <= moved <= 1.05 * 2 * size
+    moved, _ = dram_bytes(compiled, value.backward)
+    assert 3 * size <= moved <= 1.05 * 3 * size
 
 
 PYRAMID = {"sizes": ((9, 7), (5, 4), (3, 2), (2, 1), (1, 1)), "strides": (8, 16, 32, 64, 128)}

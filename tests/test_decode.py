@@ -103,10 +103,9 @@ def test_formula(backend, mode, window, bins):
         torch.testing.assert_close(got.uncertainty.cpu(), spreads, rtol=1e-9, atol=1e-6)
 
 
-def test_mmdet(backend, mmdet):  # noqa: F811
+def test_mmdet(mmdet):  # noqa: F811
     """GFLHead's prediction: Integral, times the stride, distance2bbox."""
-    pred, (points, _) = logits(40, 68, device=backend.device), scene(40, device=backend.device)
-    cls = logits(40, 80, device=backend.device)
+    pred, cls, (points, _) = logits(40, 68), logits(40, 80), scene(40)
     distances = mmdet.Integral(16).double()(pred.double()) * 8
     expected = mmdet.distance2bbox(points.double(), distances, (60, 80))
     out = decode_boxes(points, pred, reg_max=16, strides=8, max_shape=(60, 80), cls_logits=cls)
@@ -126,11 +125,8 @@ def test_mmdet(backend, mmdet):  # noqa: F811
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts(backend, layout, dtype):
-    for bins, mode in (
-        ((17, "mean"), (5, "peak"))
-        if INTERPRETED
-        else combinations((2, 8, 17, 33), ("mean", "peak"))
-    ):
+    widths = (17,) if INTERPRETED else (2, 8, 17, 33)
+    for bins, mode in combinations(widths, ("mean", "peak")):
         laid = lay_out(layout, logits(2, 5, 7, 4 * bins, dtype=dtype, device=backend.device))
         cls = lay_out(layout, logits(2, 5, 7, 9, dtype=dtype, device=backend.device, seed=3))
         anchors = 35 if laid.dim == 1 else laid.row_shape[-1]
@@ -145,9 +141,9 @@ def test_layouts(backend, layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
-@pytest.mark.parametrize("bins", [1, 2, 8, 16, 17, 33, 100])
+@pytest.mark.parametrize("bins", [2, 17, 100] if INTERPRETED else [1, 2, 8, 16, 17, 33, 100])
 def test_shapes(backend, dtype, bins):
-    heights = (1, 67) if INTERPRETED else (1, 7, 8, 9, 16, 17, 255, 257, 1000)
+    heights = (1, 67) if INTERPRETED else (1, 7, 8, 17, 257, 300)
     for anchors, mode in combinations(heights, ("mean", "peak")):
         pred = logits(anchors, 4 * bins, dtype=dtype, device=backend.device, seed=anchors)
         cls = logits(anchors, 1 + anchors % 90, dtype=dtype, device=backend.device, seed=1)
@@ -313,13 +309,12 @@ def test_a_forced_backend_has_no_gradient(fused):
         boxes.sum().backward()
 
 
-@pytest.mark.interpreted
-def test_opcheck(fused):
+def test_opcheck(native):
     op = torch.ops.gfl_kernels.decode_boxes.default
-    pred, cls = torch.randn(2, 4, 20, device=fused.device), torch.randn(2, 4, 3)
+    pred, cls = torch.randn(2, 4, 20), torch.randn(2, 4, 3)
     points, strides = torch.rand(2, 4, 2), torch.ones(2, 4)
     limits = torch.full((2, 4, 2), 9.0)
-    every = [t.to(fused.device) for t in (points, strides, torch.arange(5.0), cls, limits)]
+    every = (points, strides, torch.arange(5.0), cls, limits)
     for args in (
         (every[0], None, None, None, None, 2.0, [], -1, False),
         (*every, 1.0, [], 2, True),

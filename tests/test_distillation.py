@@ -76,9 +76,9 @@ def test_formula(backend, temperature):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_mmdet(backend, mmdet, weighted):  # noqa: F811
-    student, teacher = pair(40, 17, dtype=torch.float64, device=backend.device)
-    weight = row_weight((40,), device=backend.device).double() if weighted else None
+def test_mmdet(mmdet, weighted):  # noqa: F811
+    student, teacher = pair(40, 17, dtype=torch.float64)
+    weight = row_weight((40,)).double() if weighted else None
     theirs = mmdet.KnowledgeDistillationKLDivLoss(loss_weight=0.25, T=10)
     leaf, other = student.clone().requires_grad_(), student.clone().requires_grad_()
     expected = theirs(leaf, teacher, weight, avg_factor=4.0)
@@ -123,7 +123,7 @@ def test_dfine(backend):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradcheck(backend, reduction):
-    for bins in (2, 5, 17):
+    for bins in (5,) if INTERPRETED else (2, 5, 17):
         student, teacher = torch.randn(2, 5, bins, dtype=torch.float64, device=backend.device)
         weight = row_weight((5,), device=backend.device).double()
         shape = (5,) if reduction == "none" else ()
@@ -142,7 +142,7 @@ def test_gradcheck(backend, reduction):
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
-@pytest.mark.parametrize("bins", [1, 2, 8, 17, 33, 100])
+@pytest.mark.parametrize("bins", [2, 17, 100] if INTERPRETED else [1, 2, 8, 17, 33, 100])
 def test_no_worse_than_eager(backend, dtype, bins):
     heights = (1, 333) if INTERPRETED else (1, 7, 8, 16, 17, 333, 1000)
     options = (
@@ -267,15 +267,12 @@ def test_double_backward_is_refused(fused):
         grad.sum().backward()
 
 
-@pytest.mark.interpreted
-def test_opcheck(fused):
+def test_opcheck(native):
     op = torch.ops.gfl_kernels.distillation_forward.default
-    student, teacher = torch.randn(2, 6, 5, device=fused.device)
-    weight, avg = torch.rand(6, device=fused.device), torch.tensor(3.0, device=fused.device)
-    # opcheck's traced gradients need Dynamo, which the interpreter of Triton does not survive.
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    student, teacher = torch.randn(2, 6, 5)
+    weight, avg = torch.rand(6), torch.tensor(3.0)
     for args in ((None, None, 10.0, 1.0, 0, False), (weight, avg, 5.0, 0.5, 1, True)):
-        torch.library.opcheck(op, (student.requires_grad_(), teacher, *args), test_utils=tests)
+        torch.library.opcheck(op, (student.requires_grad_(), teacher, *args))
 
 
 def test_compiles_in_one_graph(native):
