@@ -60,18 +60,29 @@ def _decode(classes: int) -> Work:
     )
 
 
+def _summary(values: int) -> Work:
+    """values: of float32, for each distribution."""
+    return Work(
+        targets=lambda n, c, b: 0,
+        forward=lambda n, c, b, t: n * c * b + 4 * values * n,
+        # The upstream gradient comes only after forward: the logits are read a second time.
+        backward=lambda n, c, b, t: 2 * n * c * b + 4 * values * n,
+        step=lambda n, c, b, t: 3 * n * c * b + 8 * values * n,
+    )
+
+
+# What comes of each distribution by itself: no targets, no weights, results per row.
+SUMMARIES = ("integral", "peak", "statistics", "moments")
+
 WORK = {
     ("qfl", "sparse"): _loss(lambda n, c, b: 8 + b),  # int64 label, score in the logits' dtype
     ("qfl", "dense"): _loss(lambda n, c, b: c * b),
     ("qfl", "probability"): _loss(lambda n, c, b: 8 + b),
     ("dfl", ""): _loss(lambda n, c, b: 4),  # float32 also with half logits
-    ("integral", ""): Work(
-        targets=lambda n, c, b: 0,
-        forward=lambda n, c, b, t: n * c * b + 4 * n,  # read logits, write the mean bin
-        # The upstream gradient comes only after forward: the logits are read a second time.
-        backward=lambda n, c, b, t: 2 * n * c * b + 4 * n,
-        step=lambda n, c, b, t: 3 * n * c * b + 8 * n,
-    ),
+    ("integral", ""): _summary(1),  # the mean bin
+    ("peak", ""): _summary(1),
+    ("statistics", ""): _summary(5),  # four probabilities and their mean
+    ("moments", ""): _summary(3),
     ("ld", ""): _loss(lambda n, c, b: c * b),  # the teacher's logits
     ("decode", ""): _decode(0),
     ("decode", "scored"): _decode(80),
@@ -120,7 +131,7 @@ class Case:
     def bytes(self, which: str) -> int:
         """Bytes the pass has to move at least."""
         work = WORK[self.op, self.form]
-        weighted = self.weighted and self.op not in ("integral", "decode")
+        weighted = self.weighted and self.op not in (*SUMMARIES, "decode")
         return work.bytes(which, self.rows, self.width, ITEM_BYTES[self.dtype], weighted)
 
 
@@ -135,6 +146,9 @@ QFL_DENSE = Case("qfl", "dense", (COCO_LARGE, 80), note="COCO", passes=PASSES, q
 DFL_LARGE = Case("dfl", "", (SIDES, 17), passes=PASSES, quick=True)
 DFL_SMALL = Case("dfl", "", (FEW_SIDES, 17), passes=PASSES, quick=True)
 INTEGRAL = Case("integral", "", (SIDES, 17), passes=PASSES, quick=True)
+PEAK = Case("peak", "", (SIDES, 17), passes=PASSES)
+STATISTICS = Case("statistics", "", (SIDES, 17), note="GFLv2", passes=PASSES)
+MOMENTS = Case("moments", "", (SIDES, 17), passes=PASSES)
 DECODE = Case("decode", "", (SIDES, 17), note="boxes, clipped", passes=(FORWARD,))
 DECODE_SCORED = Case(
     "decode", "scored", (SIDES, 17), note="and the best of 80 classes", passes=(FORWARD,)
@@ -169,6 +183,9 @@ CASES = (
     INTEGRAL,
     Case("integral", "", (SIDES, 17), "bfloat16"),
     Case("integral", "", (SIDES, 17), "float16"),
+    PEAK,
+    STATISTICS,
+    MOMENTS,
     Case("ld", "", (SIDES, 17), passes=PASSES),
     DECODE,
     DECODE_SCORED,

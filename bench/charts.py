@@ -23,6 +23,9 @@ FAMILIES = {
     "qfl": "Quality Focal Loss",
     "dfl": "Distribution Focal Loss",
     "integral": "Integral",
+    "peak": "Integral over the peak",
+    "statistics": "Statistics",
+    "moments": "Moments",
     "ld": "Localization distillation",
     "decode": "Decoding of boxes",
 }

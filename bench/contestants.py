@@ -15,16 +15,15 @@ from torch import Tensor
 
 import gfl_kernels
 from bench import eager
-from bench.cases import Case
+from bench.cases import SUMMARIES, Case
 from gfl_kernels import reference
 
 EAGER = "eager"
 OURS = "ours"
 COMPILE = "compile: "  # prefix of every torch.compile form
 # --quick leaves these forms out to stay under two minutes; the full run times every form.
-NOT_QUICK = {
-    "qfl": ["as is"], "dfl": ["one log-softmax"], "integral": [], "ld": [], "decode": []
-}  # fmt: skip
+NOT_QUICK = {"qfl": ["as is"], "dfl": ["one log-softmax"]}
+NOT_QUICK |= {op: [] for op in (*SUMMARIES, "ld", "decode")}
 SEED = 20201
 STRIDE = 8.0  # of what is decoded, clipped to IMAGE (height, width)
 IMAGE = (800.0, 1344.0)
@@ -50,11 +49,10 @@ def make_inputs(case: Case, constant: float | None = None) -> Inputs:
     maker = {
         "qfl": _quality_inputs,
         "dfl": _distribution_inputs,
-        "integral": _integral_inputs,
         "ld": _distillation_inputs,
         "decode": _decode_inputs,
     }
-    inputs = maker[case.op](case, n, c, dtype, random)
+    inputs = maker.get(case.op, _summary_inputs)(case, n, c, dtype, random)
     if constant is not None:
         logits = torch.full_like(inputs.logits, constant, requires_grad=False)
         if case.op != "qfl":
@@ -94,9 +92,10 @@ def _distribution_inputs(case: Case, n: int, k: int, dtype, random) -> Inputs:
     return Inputs(logits, target, weight, float(weight.sum()), None)
 
 
-def _integral_inputs(case: Case, n: int, k: int, dtype, random) -> Inputs:
+def _summary_inputs(case: Case, n: int, k: int, dtype, random) -> Inputs:
     logits = (torch.randn(n // 4, 4 * k, generator=random) * 2).to(dtype)
-    upstream = torch.randn(n // 4, 4, generator=random)
+    values = {"statistics": (5,), "moments": (3,)}.get(case.op, ())
+    upstream = torch.randn(n // 4, 4, *values, generator=random)
     return Inputs(logits, None, None, None, upstream)
 
 
@@ -135,11 +134,13 @@ def truth(case: Case, inputs: Inputs, chunk: int = 1 << 13) -> tuple[Tensor, Ten
 def terms(case: Case, inputs: Inputs) -> Tensor:
     """Size of the terms whose difference the gradient is; float64, broadcasts over the logits.
 
-    An integral's p_k (y_k - E) g, with y and E up to K - 1; a softmax's (p_k - t_k) w; and for the
+    An integral's p_k (y_k - E) g, with y and E up to K - 1, and no larger ones for the other
+    summaries; a softmax's (p_k - t_k) w; and for the
     quality losses (s - q) w on rows with an object. Background rows have s alone: nothing cancels.
     """
-    if case.op == "integral":
-        return inputs.upstream.double().abs().repeat_interleave(case.width, 1) * (case.width - 1)
+    if case.op in SUMMARIES:
+        size = inputs.upstream.double().abs().view(*inputs.upstream.shape[:2], -1).sum(-1)
+        return size.repeat_interleave(case.width, 1) * (case.width - 1)
     if case.op == "decode":
         upstream = inputs.upstream.double()[:, :4].abs() * STRIDE
         return upstream.repeat_interleave(case.width, 1) * (case.width - 1)
@@ -162,8 +163,14 @@ def _divisor(case: Case, inputs: Inputs) -> float:
 
 
 def _truth_rows(case: Case, inputs: Inputs, part: slice, x: Tensor) -> Tensor:
-    if case.op == "integral":
-        return reference.integral(x.view(len(x), 4, case.width))
+    if case.op in SUMMARIES:
+        sides = x.view(len(x), 4, case.width)
+        return {
+            "integral": lambda: reference.integral(sides),
+            "peak": lambda: reference.integral(sides, mode="peak"),
+            "statistics": lambda: reference.distribution_statistics(sides),
+            "moments": lambda: torch.stack(reference.distribution_moments(sides), dim=-1),
+        }[case.op]()
     if case.op == "decode":
         points, *cls = (t[part].double() for t in inputs.target)
         size = list(IMAGE)
@@ -287,6 +294,18 @@ def forms(case: Case, inputs: Inputs) -> tuple[Callable, dict[str, Callable], Ca
         reg_max = case.width - 1
         module, fused = eager.Integral(reg_max), gfl_kernels.Integral(reg_max)
         return module, {"product and sum": lambda x: summed_integral(x, reg_max)}, fused
+    if case.op in SUMMARIES:
+        upstream_form = {
+            "peak": eager.peak_integral,
+            "statistics": eager.distribution_statistics,
+            "moments": eager.distribution_moments,
+        }[case.op]
+        fused = {
+            "peak": lambda sides: gfl_kernels.integral(sides, mode="peak"),
+            "statistics": gfl_kernels.distribution_statistics,
+            "moments": lambda sides: torch.stack(gfl_kernels.distribution_moments(sides), dim=-1),
+        }[case.op]
+        return upstream_form, {}, lambda x: fused(x.view(len(x), 4, case.width))
     if case.op == "decode":
         return (
             lambda x: decode_as_mmdetection(x, *target),

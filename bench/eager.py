@@ -207,6 +207,32 @@ def distance2bbox(points: Tensor, distance: Tensor, max_shape=None) -> Tensor:
     return bboxes
 
 
+def distribution_statistics(x: Tensor, reg_max=16, topk=4) -> Tensor:
+    """The input of GFocalV2's DGQP (GFocalHead.forward_single): [N, 4 (reg_max + 1)] -> [N, 4, topk
+    + 1]."""
+    prob = F.softmax(x.reshape(-1, 4, reg_max + 1), dim=2)
+    prob_topk, _ = prob.topk(topk, dim=2)
+    return torch.cat([prob_topk, prob_topk.mean(dim=2, keepdim=True)], dim=2)
+
+
+def distribution_moments(x: Tensor, reg_max=16) -> Tensor:
+    """Mean, standard deviation and entropy of each side: [N, 4 (reg_max + 1)] -> [N, 4, 3]."""
+    log_p = F.log_softmax(x.reshape(-1, 4, reg_max + 1), dim=2)
+    p = log_p.exp()
+    project = torch.arange(reg_max + 1, device=x.device).type_as(x)
+    mean = F.linear(p, project)
+    std = (p * (project - mean.unsqueeze(2)) ** 2).sum(2).sqrt()
+    return torch.stack([mean, std, -(p * log_p).sum(2)], dim=2)
+
+
+def peak_integral(x: Tensor, reg_max=16, window=2) -> Tensor:
+    """Mean bin among those at most `window` from the highest: [N, 4 (reg_max + 1)] -> [N, 4]."""
+    x = x.reshape(-1, 4, reg_max + 1)
+    bins = torch.arange(reg_max + 1, device=x.device)
+    outside = (bins - x.argmax(dim=2, keepdim=True)).abs() > window
+    return F.linear(F.softmax(x.masked_fill(outside, -torch.inf), dim=2), bins.type_as(x))
+
+
 def bbox_overlaps(bboxes1: Tensor, bboxes2: Tensor, mode="iou", eps=1e-6) -> Tensor:
     area1 = (bboxes1[..., 2] - bboxes1[..., 0]) * (bboxes1[..., 3] - bboxes1[..., 1])
     area2 = (bboxes2[..., 2] - bboxes2[..., 0]) * (bboxes2[..., 3] - bboxes2[..., 1])

@@ -5,10 +5,10 @@
 // Notation: s = sigmoid(x), d = s - q, B = bce(x, q).
 //
 // T has the arithmetic operators and comparisons; select, negative_abs, maximum, shift_exponent,
-// split_mantissa and reciprocal are overloaded for the vector types in cpu/simd.h and for a GPU's
-// scalars in cuda/device.h, before this file is included; so may be any function below that has a
-// cheaper form on a machine. Every function has internal linkage: the same template is compiled for
-// several instruction sets, and the linker must not choose one for all.
+// split_mantissa, reciprocal and square_root are overloaded for the vector types in cpu/simd.h and
+// for a GPU's scalars in cuda/device.h, before this file is included; so may be any function below
+// that has a cheaper form on a machine. Every function has internal linkage: the same template is
+// compiled for several instruction sets, and the linker must not choose one for all.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -418,8 +418,16 @@ GFL_HD T entropy_term(T p, T s) {
   return select(p == S(0), p, p * s);
 }
 
+// d sqrt(v) / dv = 1 / (2 sqrt(v)), 0 at v = 0, out of root = sqrt(v).
+template <typename T>
+GFL_HD T square_root_grad(T root) {
+  using S = scalar_t<T>;
+  const auto zero = root == S(0);
+  return select(zero, root, S(0.5) / select(zero, broadcast<T>(S(1)), root));
+}
+
 // What the derivative of the moments of a row is made of: E = sum_k p_k y_k, V = sum_k p_k (y_k -
-// E)^2, sum_k p_k s_k, and the upstream gradients of E, of sqrt(V) divided by 2 sqrt(V), and of H.
+// E)^2, sum_k p_k s_k, and the upstream gradients of E, of V (out of that of sqrt(V)) and of H.
 template <typename T>
 struct Moments {
   T mean, variance, mean_s, by_mean, by_variance, by_entropy;

@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -110,6 +111,37 @@ Tensor new_loss(const Place& place, const Tensor& pred, bool per_row) {
   }
   return new_tensor(place, dims, sizes.data(), strides,
                     wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+}
+
+// [..., columns] without gaps, dims from outermost to innermost: those of pred in `order`.
+Tensor new_columns(const Place& place, const Tensor& pred, int64_t columns,
+                   const std::vector<int64_t>& order) {
+  const bool wide = pred.scalar_type() == ScalarType::Double;
+  const int64_t dims = pred.dim();
+  std::vector<int64_t> sizes(pred.sizes().begin(), pred.sizes().end()), strides(dims);
+  sizes[dims - 1] = columns;
+  int64_t step = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    strides[order[i]] = step;
+    step *= std::max<int64_t>(1, sizes[order[i]]);
+  }
+  return new_tensor(place, dims, sizes.data(), strides.data(),
+                    wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+}
+
+// ops.new_statistics and ops.new_moments.
+Tensor new_statistics(const Place& place, const Tensor& pred, int64_t columns) {
+  std::vector<int64_t> order(pred.dim());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return pred.strides()[a] > pred.strides()[b]; });
+  return new_columns(place, pred, columns, order);
+}
+Tensor new_moments(const Place& place, const Tensor& pred) {
+  std::vector<int64_t> order(pred.dim());
+  std::iota(order.begin() + 1, order.end(), 0);
+  order[0] = pred.dim() - 1;
+  return new_columns(place, pred, 3, order);
 }
 
 // In pred's layout, or empty.
@@ -215,24 +247,83 @@ Tensor distribution_backward(Tensor grad_loss, Tensor pred, Tensor target,
   return grad;
 }
 
-template <typename Device>
-Tensor integral_forward(Tensor pred, std::optional<Tensor> bins) {
-  const Device device(pred);
-  Tensor out = new_loss(device.place(), pred, true);
+gfl_integral_args integral_args(int64_t window) {
+  gfl_integral_args args{};
+  args.mode = window < 0 ? GFL_INTEGRAL_MEAN : GFL_INTEGRAL_PEAK;
+  args.window = static_cast<int32_t>(std::clamp<int64_t>(window, 0, INT32_MAX));
+  return args;
+}
+
+gfl_statistics_args statistics_args(int64_t topk, bool add_mean) {
+  gfl_statistics_args args{};
+  args.topk = static_cast<int32_t>(std::clamp<int64_t>(topk, 0, INT32_MAX));
+  args.add_mean = add_mean;
+  return args;
+}
+
+// args: those of a summary, with all but its tensors. bins: a member of Args, or nothing.
+template <typename Device, typename Args, typename... Bins>
+Tensor run_summary(const Device& device, Tensor out, const Tensor& pred, Args args,
+                   const std::optional<Tensor>& bins, Bins... member) {
   const View x(pred), y(bins), o(out);
-  const gfl_integral_args args{x.get(), y.get(), nullptr, o.get(), nullptr};
+  args.pred = x.get();
+  ((args.*member = y.get()), ...);
+  args.out = o.get();
   check(device.run(args));
   return out;
 }
 
-template <typename Device>
-Tensor integral_backward(Tensor grad_out, Tensor pred, std::optional<Tensor> bins) {
+template <typename Device, typename Args, typename... Bins>
+Tensor run_summary_backward(const Tensor& grad_out, const Tensor& pred, Args args,
+                            const std::optional<Tensor>& bins, Bins... member) {
   const Device device(pred);
   Tensor grad = new_gradient(device.place(), pred, true);
   const View u(grad_out), x(pred), y(bins), g(grad);
-  const gfl_integral_args args{x.get(), y.get(), u.get(), nullptr, g.get()};
+  args.pred = x.get();
+  ((args.*member = y.get()), ...);
+  args.grad_out = u.get();
+  args.grad = g.get();
   check(device.run(args));
   return grad;
+}
+
+template <typename Device>
+Tensor integral_forward(Tensor pred, std::optional<Tensor> bins, int64_t window) {
+  const Device device(pred);
+  return run_summary(device, new_loss(device.place(), pred, true), pred, integral_args(window),
+                     bins, &gfl_integral_args::bins);
+}
+
+template <typename Device>
+Tensor integral_backward(Tensor grad_out, Tensor pred, std::optional<Tensor> bins, int64_t window) {
+  return run_summary_backward<Device>(grad_out, pred, integral_args(window), bins,
+                                      &gfl_integral_args::bins);
+}
+
+template <typename Device>
+Tensor statistics_forward(Tensor pred, int64_t topk, bool add_mean) {
+  const Device device(pred);
+  return run_summary(device, new_statistics(device.place(), pred, topk + add_mean), pred,
+                     statistics_args(topk, add_mean), std::nullopt);
+}
+
+template <typename Device>
+Tensor statistics_backward(Tensor grad_out, Tensor pred, int64_t topk, bool add_mean) {
+  return run_summary_backward<Device>(grad_out, pred, statistics_args(topk, add_mean),
+                                      std::nullopt);
+}
+
+template <typename Device>
+Tensor moments_forward(Tensor pred, std::optional<Tensor> bins) {
+  const Device device(pred);
+  return run_summary(device, new_moments(device.place(), pred), pred, gfl_moments_args{}, bins,
+                     &gfl_moments_args::bins);
+}
+
+template <typename Device>
+Tensor moments_backward(Tensor grad_out, Tensor pred, std::optional<Tensor> bins) {
+  return run_summary_backward<Device>(grad_out, pred, gfl_moments_args{}, bins,
+                                      &gfl_moments_args::bins);
 }
 
 // Tensor[] arguments as the arrays of views that C functions take.
@@ -509,6 +600,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_boxes(
     m.impl("distribution_backward", TORCH_BOX(&distribution_backward<DEVICE>)); \
     m.impl("integral_forward", TORCH_BOX(&integral_forward<DEVICE>));           \
     m.impl("integral_backward", TORCH_BOX(&integral_backward<DEVICE>));         \
+    m.impl("statistics_forward", TORCH_BOX(&statistics_forward<DEVICE>));       \
+    m.impl("statistics_backward", TORCH_BOX(&statistics_backward<DEVICE>));     \
+    m.impl("moments_forward", TORCH_BOX(&moments_forward<DEVICE>));             \
+    m.impl("moments_backward", TORCH_BOX(&moments_backward<DEVICE>));           \
     m.impl("head_boxes", TORCH_BOX(&head_boxes<DEVICE>));                       \
     m.impl("head_forward", TORCH_BOX(&head_forward<DEVICE>));                   \
     m.impl("head_backward", TORCH_BOX(&head_backward<DEVICE>));                 \

@@ -2,6 +2,7 @@
 
 #include <span>
 #include <string>
+#include <vector>
 
 #include "error.h"
 
@@ -18,6 +19,8 @@ std::string shape_of(const int64_t* sizes, int n) {
 }
 
 bool is_float(gfl_dtype dtype) { return dtype <= GFL_FLOAT16; }
+
+constexpr int64_t kOne = -1;
 
 // The rows of a problem while it is put together: an operand per tensor, dimensions as in pred.
 class Problem {
@@ -38,39 +41,30 @@ class Problem {
   // A value per row, or per row and column, or (scalar) one for all.
   void add(const char* name, const gfl_view* view, Operand* operand, bool per_column,
            bool scalar = false) {
-    *operand = Operand{};
-    if (!view) return;
-    if (scalar && view->ndim == 0) {
+    if (view && scalar && view->ndim == 0) {
+      *operand = {static_cast<char*>(view->data), view->dtype};
       entries_[count_++] = {view, operand, 0};
     } else {
-      const int dims = ndim_ + per_column;
-      bool same = view->ndim == dims;
-      for (int d = 0; same && d < dims; ++d) same = view->sizes[d] == pred_->sizes[d];
-      if (!same) {
-        fail(op_ + ": " + name + " must have shape " + shape_of(pred_->sizes, dims) + ", got " +
-             shape_of(view->sizes, view->ndim));
-      }
-      entries_[count_++] = {view, operand, ndim_};
+      add_columns(name, view, operand, per_column ? columns_ : kOne);
     }
-    operand->data = static_cast<char*>(view->data);
-    operand->dtype = view->dtype;
-    operand->column = per_column && columns_ > 1 ? view->strides[ndim_] : (per_column ? 1 : 0);
   }
 
-  // `columns` values per row.
+  // So many values per row, along a last dimension of their own; kOne: one, without a dimension.
   void add_columns(const char* name, const gfl_view* view, Operand* operand, int64_t columns) {
     *operand = Operand{};
     if (!view) return;
-    bool same = view->ndim == ndim_ + 1 && view->sizes[ndim_] == columns;
+    const int dims = ndim_ + (columns != kOne);
+    bool same = view->ndim == dims && (columns == kOne || view->sizes[ndim_] == columns);
     for (int d = 0; same && d < ndim_; ++d) same = view->sizes[d] == pred_->sizes[d];
     if (!same) {
-      fail(op_ + ": " + name + " must have " + std::to_string(columns) + " values for each of " +
-           shape_of(pred_->sizes, ndim_) + ", got " + shape_of(view->sizes, view->ndim));
+      std::vector<int64_t> sizes(pred_->sizes, pred_->sizes + ndim_);
+      sizes.push_back(columns);
+      fail(op_ + ": " + name + " must have shape " + shape_of(sizes.data(), dims) + ", got " +
+           shape_of(view->sizes, view->ndim));
     }
     entries_[count_++] = {view, operand, ndim_};
-    operand->data = static_cast<char*>(view->data);
-    operand->dtype = view->dtype;
-    operand->column = columns > 1 ? view->strides[ndim_] : 1;
+    *operand = {static_cast<char*>(view->data), view->dtype};
+    operand->column = columns > 1 ? view->strides[ndim_] : columns != kOne;
   }
 
   void need_dtype(const char* name, const gfl_view* view, gfl_dtype dtype) const {
@@ -197,13 +191,18 @@ DistributionProblem describe(const char* name, const gfl_distribution_args& args
   return d;
 }
 
-DistributionProblem describe(const char* name, const gfl_integral_args& args) {
+namespace {
+
+// What the summaries of a row have in common. columns: of out.
+template <typename Args>
+DistributionProblem describe_summary(const char* name, const Args& args, DistributionKind kind,
+                                     int64_t columns) {
   DistributionProblem d{};
   Problem problem(name, args.pred, "K");
   const gfl_dtype dtype = accumulator(args.pred->dtype);
   problem.add("pred", args.pred, &d.pred, true);
-  problem.add("grad_out", args.grad_out, &d.grad_loss, false);
-  problem.add("out", args.out, &d.loss, false);
+  problem.add_columns("grad_out", args.grad_out, &d.grad_loss, columns);
+  problem.add_columns("out", args.out, &d.loss, columns);
   problem.add("grad", args.grad, &d.grad, true);
   problem.need_dtype("grad", args.grad, args.pred->dtype);
   problem.need_dtype("out", args.out, dtype);
@@ -211,15 +210,50 @@ DistributionProblem describe(const char* name, const gfl_integral_args& args) {
   if (args.grad && !args.grad_out) fail(std::string(name) + ": grad needs grad_out");
   if (problem.columns() < 1) fail(std::string(name) + ": pred must have at least one bin");
   problem.merge(&d.ndim, d.size);
+  d.kind = kind;
   d.bins = problem.columns();
   d.scale = 1;
-  if (const gfl_view* const bins = args.bins) {
-    if (bins->ndim != 1 || bins->sizes[0] != d.bins) {
-      fail(std::string(name) + ": bins must have shape (" + std::to_string(d.bins) + "), got " +
-           shape_of(bins->sizes, bins->ndim));
-    }
-    if (bins->dtype != dtype) fail(std::string(name) + ": bins must have the dtype of the result");
+  d.window = -1;
+  return d;
+}
+
+void check_bins(const char* name, const gfl_view* bins, const DistributionProblem& d) {
+  if (!bins) return;
+  if (bins->ndim != 1 || bins->sizes[0] != d.bins) {
+    fail(std::string(name) + ": bins must have shape (" + std::to_string(d.bins) + "), got " +
+         shape_of(bins->sizes, bins->ndim));
   }
+  if (bins->dtype != accumulator(d.pred.dtype)) {
+    fail(std::string(name) + ": bins must have the dtype of the result");
+  }
+}
+
+}  // namespace
+
+DistributionProblem describe(const char* name, const gfl_integral_args& args) {
+  DistributionProblem d = describe_summary(name, args, kExpectation, kOne);
+  check_bins(name, args.bins, d);
+  if (args.mode == GFL_INTEGRAL_PEAK && args.window >= 0) {
+    d.window = args.window;
+  } else if (args.mode != GFL_INTEGRAL_MEAN) {
+    fail(std::string(name) + ": no such mode, or window is negative");
+  }
+  return d;
+}
+
+DistributionProblem describe(const char* name, const gfl_statistics_args& args) {
+  if (args.topk < 1) fail(std::string(name) + ": topk must be at least 1");
+  const int64_t columns = int64_t{args.topk} + (args.add_mean != 0);
+  DistributionProblem d = describe_summary(name, args, kStatistics, columns);
+  if (args.topk > d.bins) fail(std::string(name) + ": topk is larger than the number of bins");
+  d.topk = args.topk;
+  d.add_mean = args.add_mean;
+  return d;
+}
+
+DistributionProblem describe(const char* name, const gfl_moments_args& args) {
+  const DistributionProblem d = describe_summary(name, args, kMoments, 3);
+  check_bins(name, args.bins, d);
   return d;
 }
 

@@ -34,13 +34,20 @@ struct QualityProblem {
   double scale;
 };
 
+enum DistributionKind : int32_t { kTargetLoss, kExpectation, kStatistics, kMoments };
+
 struct DistributionProblem {
+  DistributionKind kind;
   int ndim;
   int64_t size[kMaxDims];
   int64_t bins;
+  // Of statistics and moments, grad_loss and loss have columns.
   Operand pred, target, weight_left, weight_right, weight, grad_loss, loss, grad;
-  Operand values;  // [K], of the accumulation type; present: the integral, else the loss
+  Operand values;  // [K], of the accumulation type
   double scale;
+  int32_t window;  // bins beside the highest one that an expectation is over; -1: all
+  int32_t topk;
+  bool add_mean;
 };
 
 // One level of a head. Of an operand with a value per anchor, row[0] steps along images and row[1]
@@ -95,9 +102,12 @@ gfl_dtype accumulator(gfl_dtype dtype);  // float64 for float64, else float32
 // fit together. The scale is that of the arguments: avg_factor is left to the caller.
 QualityProblem describe(const char* name, const gfl_quality_args& args);
 DistributionProblem describe(const char* name, const gfl_distribution_args& args);
-DistributionProblem describe(const char* name, const gfl_integral_args& args);  // without values
+// Without values.
+DistributionProblem describe(const char* name, const gfl_integral_args& args);
+DistributionProblem describe(const char* name, const gfl_statistics_args& args);
+DistributionProblem describe(const char* name, const gfl_moments_args& args);
+DecodeProblem describe(const char* name, const gfl_decode_args& args);
 DistillationProblem describe(const char* name, const gfl_distillation_args& args);
-DecodeProblem describe(const char* name, const gfl_decode_args& args);  // without values
 // The level whose first anchor is number `first`, with the gradient's scales left at 0.
 HeadProblem describe(const char* name, const gfl_head_args& args, int level, int64_t first);
 

@@ -6,16 +6,20 @@ from .dispatch import backends, use_backend
 from .functional import (
     bin_weights,
     distribution_focal_loss,
+    distribution_moments,
+    distribution_statistics,
     integral,
     localization_distillation_loss,
     quality_focal_loss,
 )
 from .head import GFLLossOutput, gfl_loss, task_aligned_loss
 from .modules import DistributionFocalLoss, GFLLoss, Integral, QualityFocalLoss
+from .reference import DistributionMoments
 
 __all__ = [
     "DecodedBoxes",
     "DistributionFocalLoss",
+    "DistributionMoments",
     "GFLLoss",
     "GFLLossOutput",
     "Integral",
@@ -25,6 +29,8 @@ __all__ = [
     "bin_weights",
     "decode_boxes",
     "distribution_focal_loss",
+    "distribution_moments",
+    "distribution_statistics",
     "gfl_loss",
     "integral",
     "localization_distillation_loss",

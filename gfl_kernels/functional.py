@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import debug, dispatch, ops, reference
-from .reference import EPS
+from .reference import EPS, DistributionMoments
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -148,7 +148,12 @@ def bin_weights(target: Tensor, bins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def integral(
-    pred: Tensor, *, bins: Tensor | Sequence[float] | None = None, bin_dim: int = -1
+    pred: Tensor,
+    *,
+    bins: Tensor | Sequence[float] | None = None,
+    bin_dim: int = -1,
+    mode: str = "mean",
+    window: int = 2,
 ) -> Tensor:
     r"""Expectation of the distribution of each row, fused: :math:`E = \sum_k y_k \,
     \mathrm{softmax}(z)_k`.
@@ -160,6 +165,12 @@ def integral(
         bins: the value y of each bin: a tensor [K], or (lower, upper, step) with both ends among
             them (PP-YOLOE's ``reg_range`` (-2, 17) is (-2, 16, 1)); 0, 1, ..., K - 1 if not given.
         bin_dim: where the bins lie in pred.
+        mode: "mean", over all bins; or "peak", over the bins beside the highest one alone, softmax
+            being taken among them. An edge that may be at two places has a mean between them, where
+            no edge is, and a peak at the likelier one.
+        window: how many bins on either side of the highest "peak" takes in, >= 0: 2 * window + 1
+            bins, fewer at an end. 0 is the value of the highest bin. Of equal logits the first is
+            the highest; the gradient takes the choice as constant.
 
     Returns:
         [...], in the bins' units; float32, or float64 for float64: half precision would move a box
@@ -171,13 +182,90 @@ def integral(
     name = "integral"
     _check_pred(name, pred, bin_dim, "K", "bin_dim")
     bins = _bin_values(name, bins, pred.shape[bin_dim], pred)
+    if mode not in ("mean", "peak"):
+        raise ValueError(f"{name}: mode must be mean or peak, got {mode!r}")
+    _check_int(name, "window", window)
+    if window < 0:
+        raise ValueError(f"{name}: window must be >= 0, got {window}")
     backend = dispatch.choose(name, pred, bins)
     if backend == "reference":
-        return reference.integral(pred, bins=bins, bin_dim=bin_dim)
-    pred = _last(pred, bin_dim)
-    if torch.compiler.is_compiling():
-        return torch.ops.gfl_kernels.integral_forward(pred, bins)
-    return ops.apply_distribution_integral(backend, pred, bins)
+        return reference.integral(pred, bins=bins, bin_dim=bin_dim, mode=mode, window=window)
+    # A window that takes in all bins everywhere is the mean.
+    window = window if mode == "peak" and window < pred.shape[bin_dim] - 1 else -1
+    return _summary("integral", backend, _last(pred, bin_dim), bins, window)
+
+
+def distribution_statistics(
+    pred: Tensor, *, topk: int = 4, add_mean: bool = True, bin_dim: int = -1
+) -> Tensor:
+    """The highest probabilities of the distribution of each row, fused: softmax, top-k and mean.
+
+    They tell how sharp a side's distribution is, and so how good its box. Source: Li et al. 2021,
+    "Generalized Focal Loss V2", the input of its Distribution-Guided Quality Predictor; LD,
+    PaddleDetection's DGQP, the LQE of D-FINE and DEIM.
+
+    Args:
+        pred: logits [..., K]; float32, float64, bfloat16 or float16, any strides.
+        topk: how many, from 1 to K.
+        add_mean: whether the mean of the topk comes behind them.
+        bin_dim: where the bins lie in pred, 2 for [B, 4, K, H, W].
+
+    Returns:
+        pred's shape with topk + 1 (or topk) in place of K, in descending order; float32, or float64
+        for float64. Dimensions lie in memory as they do in pred: of a head's [B, 4, K, H, W],
+        ``.flatten(1, 2)`` is the input of GFLv2's convolution. The gradient has pred's dtype and
+        layout; of equal logits the first bin comes first, where ``torch.topk`` takes any.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quality_focal_loss`.
+    """
+    name = "distribution_statistics"
+    _check_pred(name, pred, bin_dim, "K", "bin_dim")
+    _check_int(name, "topk", topk)
+    bins = pred.shape[bin_dim]
+    if not 1 <= topk <= bins:
+        raise ValueError(f"{name}: topk must be in [1, K] = [1, {bins}], got {topk}")
+    add_mean = bool(add_mean)
+    backend = dispatch.choose(name, pred)
+    if backend == "reference":
+        return reference.distribution_statistics(
+            pred, topk=topk, add_mean=add_mean, bin_dim=bin_dim
+        )
+    values = _summary("statistics", backend, _last(pred, bin_dim), topk, add_mean)
+    return values if bin_dim == -1 else values.movedim(-1, bin_dim)
+
+
+def distribution_moments(
+    pred: Tensor, *, bins: Tensor | Sequence[float] | None = None, bin_dim: int = -1
+) -> DistributionMoments:
+    r"""Mean, standard deviation and entropy of the distribution of each row, fused.
+
+    .. math:: E = \sum_k p_k y_k, \quad \sqrt{\textstyle\sum_k p_k (y_k - E)^2}, \quad
+        -\sum_k p_k \log p_k, \quad p = \mathrm{softmax}(z)
+
+    The last two measure how uncertain a side of a box is.
+
+    Args:
+        pred: logits [..., K]; float32, float64, bfloat16 or float16, any strides.
+        bins: the value y of each bin, as in :func:`integral`.
+        bin_dim: where the bins lie in pred.
+
+    Returns:
+        A named tuple (mean, std, entropy), each [...], the first two in bins, entropy in nats;
+        float32, or float64 for float64. A std of 0 has a gradient of 0. A bin with a logit of -inf
+        has no part in any. The gradient has pred's dtype and layout.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quality_focal_loss`.
+    """
+    name = "distribution_moments"
+    _check_pred(name, pred, bin_dim, "K", "bin_dim")
+    bins = _bin_values(name, bins, pred.shape[bin_dim], pred)
+    backend = dispatch.choose(name, pred, bins)
+    if backend == "reference":
+        return reference.distribution_moments(pred, bins=bins, bin_dim=bin_dim)
+    values = _summary("moments", backend, _last(pred, bin_dim), bins)
+    return DistributionMoments(*values.unbind(-1))
 
 
 def localization_distillation_loss(
@@ -426,6 +514,13 @@ def _in_bins(pred, target, bins, bin_dim: int) -> Tensor:
 # Layout and reduction
 
 
+def _summary(which: str, backend: str, *inputs) -> Tensor:
+    """The op ``{which}_forward`` of a backend, or the op itself where torch.compile records one."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.gfl_kernels, f"{which}_forward")(*inputs)
+    return ops.apply_distribution_summary(backend, which, *inputs)
+
+
 def _last(tensor: Tensor, dim: int) -> Tensor:
     """tensor with dimension dim moved to the end: a view."""
     return tensor if dim == -1 else tensor.movedim(dim, -1)
@@ -537,6 +632,11 @@ def _check_number(name: str, argument: str, value, also: str = "") -> None:
     # check.
     if not isinstance(value, (float, int)) and not isinstance(value, Real):
         raise TypeError(f"{name}: {argument} must be a number{also}, got {type(value).__name__}")
+
+
+def _check_int(name: str, argument: str, value) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: {argument} must be an int, got {type(value).__name__}")
 
 
 def _check_not_negative(name: str, argument: str, value) -> None:

@@ -104,17 +104,21 @@ class Integral(nn.Module):
     """Distances of the four sides from their distributions; see :func:`gfl_kernels.integral`.
 
     Drop-in for the ``Integral`` of ``mmdet.models.dense_heads.gfl_head``: the bins are the
-    persistent buffer ``project`` = 0, 1, ..., reg_max.
+    persistent buffer ``project`` = 0, 1, ..., reg_max. mode and window are those of the function.
     """
 
-    def __init__(self, reg_max: int = 16) -> None:
+    def __init__(self, reg_max: int = 16, mode: str = "mean", window: int = 2) -> None:
         super().__init__()
         self.reg_max = reg_max
+        self.mode = mode
+        self.window = window
         self.register_buffer("project", torch.linspace(0, reg_max, reg_max + 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., 4 (reg_max + 1)] -> [N, 4] in bins, N the product of the leading dimensions."""
-        return integral(x.reshape(-1, self.reg_max + 1), bins=self.project).reshape(-1, 4)
+        rows = x.reshape(-1, self.reg_max + 1)
+        value = integral(rows, bins=self.project, mode=self.mode, window=self.window)
+        return value.reshape(-1, 4)
 
 
 class GFLLoss(nn.Module):

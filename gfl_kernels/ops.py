@@ -73,9 +73,16 @@ SCHEMAS = {
     # target is a position in bins, or the left bin where weight_left and weight_right are given.
     "distribution_forward": f"({_DISTRIBUTION}, bool write_grad) -> (Tensor loss, Tensor grad)",
     "distribution_backward": f"(Tensor grad_loss, {_DISTRIBUTION}) -> Tensor",
-    # bins holds the value of each bin; 0, 1, 2, ... without it.
-    "integral_forward": "(Tensor pred, Tensor? bins) -> Tensor",
-    "integral_backward": "(Tensor grad_out, Tensor pred, Tensor? bins) -> Tensor",
+    # bins holds the value of each bin; 0, 1, 2, ... without it. window: the bins beside the highest
+    # one that count; all do if it is negative.
+    "integral_forward": "(Tensor pred, Tensor? bins, int window=-1) -> Tensor",
+    "integral_backward": "(Tensor grad_out, Tensor pred, Tensor? bins, int window=-1) -> Tensor",
+    # [..., topk], and their mean behind them, in memory as pred is: new_statistics.
+    "statistics_forward": "(Tensor pred, int topk, bool add_mean) -> Tensor",
+    "statistics_backward": "(Tensor grad_out, Tensor pred, int topk, bool add_mean) -> Tensor",
+    # [..., 3], mean, standard deviation and entropy, each without gaps.
+    "moments_forward": "(Tensor pred, Tensor? bins) -> Tensor",
+    "moments_backward": "(Tensor grad_out, Tensor pred, Tensor? bins) -> Tensor",
     # Of every positive, 0 elsewhere, A the anchors of all levels: its IoU, its weight (the highest
     # score, or the sum of its targets) [B, A], and with write_boxes the decoded box [B, A, 4] in
     # pixels, else empty. sums [L, 2]: weighted box loss and DFL, not normalised. normalisers [2]:
@@ -122,8 +129,28 @@ def _fake_backward(grad: Tensor, pred: Tensor, *_) -> Tensor:
     return torch.empty_like(pred)
 
 
-def _fake_integral(pred: Tensor, bins: Tensor | None) -> Tensor:
+def new_integral(pred: Tensor, *_) -> Tensor:
+    """[...], to be written."""
     return pred.new_empty(pred.shape[:-1], dtype=accumulate_dtype(pred.dtype))
+
+
+def new_statistics(pred: Tensor, topk: int, add_mean: bool) -> Tensor:
+    """[..., topk + add_mean], to be written, without gaps. Its dimensions lie in memory in the
+    order of pred's: planes for pred in planes, as the convolution behind reads them.
+    """
+    shape = (*pred.shape[:-1], topk + add_mean)
+    strides, step = [1] * pred.dim(), 1
+    for dim in reversed(sorted(range(pred.dim()), key=pred.stride, reverse=True)):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    dtype = accumulate_dtype(pred.dtype)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=pred.device)
+
+
+def new_moments(pred: Tensor, *_) -> Tensor:
+    """[..., 3], to be written, each of the three without gaps."""
+    shape = (3, *pred.shape[:-1])
+    return pred.new_empty(shape, dtype=accumulate_dtype(pred.dtype)).movedim(0, -1)
 
 
 def _fake_head_boxes(cls: list[Tensor], box: list[Tensor], *args):
@@ -164,8 +191,12 @@ _FAKES = {
     "quality_backward": _fake_backward,
     "distribution_forward": _fake_forward,
     "distribution_backward": _fake_backward,
-    "integral_forward": _fake_integral,
+    "integral_forward": new_integral,
     "integral_backward": _fake_backward,
+    "statistics_forward": new_statistics,
+    "statistics_backward": _fake_backward,
+    "moments_forward": new_moments,
+    "moments_backward": _fake_backward,
     "head_boxes": _fake_head_boxes,
     "head_forward": _fake_head_forward,
     "head_backward": _fake_head_backward,
@@ -264,22 +295,31 @@ class DistributionFocal(torch.autograd.Function):
 _NO_GRADIENT = (None,) * 9  # for the inputs after pred
 
 
-class DistributionIntegral(torch.autograd.Function):
-    """Expectation of each row; a backend, then what ``gfl_kernels::integral_forward`` takes."""
+# What a row's distribution comes to, and how many tensors the ops of it begin with: pred, bins.
+_SUMMARIES = {"integral": 2, "statistics": 1, "moments": 2}
+
+
+class DistributionSummary(torch.autograd.Function):
+    """A summary of each row; a backend, which one, then what ``gfl_kernels::{which}_forward``
+    takes.
+    """
 
     @staticmethod
-    def forward(ctx, backend, pred, bins):
-        ctx.save_for_backward(pred, bins)
-        ctx.backend = backend
-        return dispatch.implementation(backend, "integral_forward")(pred, bins)
+    def forward(ctx, backend, which, *inputs):
+        ctx.save_for_backward(*inputs[: _SUMMARIES[which]])
+        ctx.constants = inputs[_SUMMARIES[which] :]
+        ctx.backend, ctx.which, ctx.others = backend, which, len(inputs) - 1
+        return dispatch.implementation(backend, f"{which}_forward")(*inputs)
 
     @staticmethod
     def backward(ctx, grad_out):
+        name = f"{ctx.which}_backward"
         if torch.is_grad_enabled():
-            op = torch.ops.gfl_kernels.integral_backward
+            op = getattr(torch.ops.gfl_kernels, name)
         else:
-            op = dispatch.implementation(ctx.backend, "integral_backward")
-        return None, op(grad_out, *ctx.saved_tensors), None
+            op = dispatch.implementation(ctx.backend, name)
+        grad = op(grad_out, *ctx.saved_tensors, *ctx.constants)
+        return None, None, grad, *_NO_GRADIENT[: ctx.others]
 
 
 class Distillation(torch.autograd.Function):
@@ -398,7 +438,7 @@ def _are_ones(upstream: Sequence[Tensor | None]) -> bool:
 # those out) and costs a microsecond where a whole call on small logits takes thirty.
 apply_quality_focal = super(torch.autograd.Function, QualityFocal).apply
 apply_distribution_focal = super(torch.autograd.Function, DistributionFocal).apply
-apply_distribution_integral = super(torch.autograd.Function, DistributionIntegral).apply
+apply_distribution_summary = super(torch.autograd.Function, DistributionSummary).apply
 apply_distillation = super(torch.autograd.Function, Distillation).apply
 apply_head_loss = super(torch.autograd.Function, HeadLoss).apply
 
@@ -417,6 +457,19 @@ def _register_loss_autograd(family: str, tensors: int) -> None:
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_libraries[0])
 
 
+def _register_summary_autograd(which: str, tensors: int) -> None:
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.constants, ctx.others = inputs[tensors:], len(inputs) - 1
+
+    def backward(ctx, grad_out):
+        op = getattr(torch.ops.gfl_kernels, f"{which}_backward")
+        return op(grad_out, *ctx.saved_tensors, *ctx.constants), *[None] * ctx.others
+
+    name = f"gfl_kernels::{which}_forward"
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_libraries[0])
+
+
 def _refuse_backward(name: str, why: str) -> None:
     # Blocked here and not by once_differentiable, which lets create_graph=True through and returns
     # a constant.
@@ -432,15 +485,8 @@ def _refuse_backward(name: str, why: str) -> None:
 _register_loss_autograd("quality", 5)
 _register_loss_autograd("distribution", 6)
 _register_loss_autograd("distillation", 4)
-torch.library.register_autograd(
-    "gfl_kernels::integral_forward",
-    lambda ctx, grad_out: (
-        torch.ops.gfl_kernels.integral_backward(grad_out, *ctx.saved_tensors),
-        None,
-    ),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-    lib=_libraries[0],
-)
+for _which, _tensors in _SUMMARIES.items():
+    _register_summary_autograd(_which, _tensors)
 
 
 def _setup_head(ctx, inputs, output) -> None:

@@ -64,7 +64,13 @@ ARGUMENTS = {  # as in gfl_kernels.h
     "distribution": _struct(
         "pred target weight_left weight_right weight avg_factor grad_loss loss grad", _SCALE
     ),
-    "integral": _struct("pred bins grad_out out grad"),
+    "integral": _struct(
+        "pred bins grad_out out grad", ("mode", ctypes.c_int32), ("window", ctypes.c_int32)
+    ),
+    "statistics": _struct(
+        "pred grad_out out grad", ("topk", ctypes.c_int32), ("add_mean", ctypes.c_int32)
+    ),
+    "moments": _struct("pred bins grad_out out grad"),
     "distillation": _struct(
         "pred teacher weight avg_factor grad_loss loss grad",
         ("temperature", ctypes.c_double),
@@ -142,8 +148,8 @@ def plan(family, workspace, numbers=None, **tensors):
         **{name: view(tensor) for name, tensor in tensors.items() if tensor is not None},
         **(numbers or {}),
     )
-    no_sums = family in ("integral", "decode")
-    address = [] if no_sums else [ctypes.c_void_p(workspace.data_ptr())]
+    sums = family in ("quality", "distribution", "distillation")
+    address = [ctypes.c_void_p(workspace.data_ptr())] if sums else []
     return _launches(f"gfl_{family}_cuda_plan", arguments, *address)
 
 
@@ -374,14 +380,34 @@ class SimulatedCuda:
         self.run("distribution", numbers, **tensors, grad_loss=upstream, grad=grad)
         return grad
 
-    def integral_forward(self, pred, bins):
-        out, _ = _outputs(pred, ops.NONE, False)
-        self.run("integral", pred=pred, bins=bins, out=out)
+    def integral_forward(self, pred, bins, window=-1):
+        return self._summary("integral", ops.new_integral(pred), _peak(window), pred, bins=bins)
+
+    def integral_backward(self, upstream, pred, bins, window=-1):
+        return self._gradient("integral", upstream, _peak(window), pred, bins=bins)
+
+    def statistics_forward(self, pred, topk, add_mean):
+        numbers = {"topk": topk, "add_mean": add_mean}
+        out = ops.new_statistics(pred, topk, add_mean)
+        return self._summary("statistics", out, numbers, pred)
+
+    def statistics_backward(self, upstream, pred, topk, add_mean):
+        numbers = {"topk": topk, "add_mean": add_mean}
+        return self._gradient("statistics", upstream, numbers, pred)
+
+    def moments_forward(self, pred, bins):
+        return self._summary("moments", ops.new_moments(pred), {}, pred, bins=bins)
+
+    def moments_backward(self, upstream, pred, bins):
+        return self._gradient("moments", upstream, {}, pred, bins=bins)
+
+    def _summary(self, family, out, numbers, pred, **tensors):
+        self.run(family, numbers, pred=pred, out=out.fill_(float("nan")), **tensors)
         return out
 
-    def integral_backward(self, upstream, pred, bins):
+    def _gradient(self, family, upstream, numbers, pred, **tensors):
         grad = torch.empty_like(pred)
-        self.run("integral", pred=pred, bins=bins, grad_out=upstream, grad=grad)
+        self.run(family, numbers, pred=pred, grad_out=upstream, grad=grad, **tensors)
         return grad
 
     def distillation_forward(
@@ -459,6 +485,10 @@ class SimulatedCuda:
 def _outputs(pred, reduction, write_grad):
     loss, grad = ops._fake_loss_grad(pred, reduction, write_grad)
     return loss.fill_(float("nan")), grad
+
+
+def _peak(window):
+    return {"mode": int(window >= 0), "window": max(window, 0)}
 
 
 def _scale(pred, scale, reduction):

@@ -44,16 +44,30 @@ FLOATS = (torch.float32, *HALF)
 INF = float("inf")
 NAN = float("nan")
 
+
+def stacked_moments(pred, **kwargs):
+    """The three of distribution_moments as one tensor [..., 3]."""
+    return torch.stack(gfl_kernels.distribution_moments(pred, **kwargs), dim=-1)
+
+
+def stacked_reference_moments(pred, **kwargs):
+    return torch.stack(reference.distribution_moments(pred, **kwargs), dim=-1)
+
+
 PUBLIC = {
     "quality": gfl_kernels.quality_focal_loss,
     "distribution": gfl_kernels.distribution_focal_loss,
     "integral": gfl_kernels.integral,
+    "statistics": gfl_kernels.distribution_statistics,
+    "moments": stacked_moments,
     "distillation": gfl_kernels.localization_distillation_loss,
 }
 ORACLE = {
     "quality": reference.quality_focal_loss,
     "distribution": reference.distribution_focal_loss,
     "integral": reference.integral,
+    "statistics": reference.distribution_statistics,
+    "moments": stacked_reference_moments,
     "distillation": reference.localization_distillation_loss,
 }
 

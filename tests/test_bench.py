@@ -26,6 +26,9 @@ SMALL = {
     "plain": Case("qfl", "sparse", (96, 5), passes=PASSES, weighted=False),
     "dfl": Case("dfl", "", (96, 17), passes=PASSES),
     "integral": Case("integral", "", (96, 17), passes=PASSES),
+    "peak": Case("peak", "", (96, 17), passes=PASSES),
+    "statistics": Case("statistics", "", (96, 17), passes=PASSES),
+    "moments": Case("moments", "", (96, 17), passes=PASSES),
     "ld": Case("ld", "", (96, 17), passes=PASSES),
     "decode": Case("decode", "", (96, 17), passes=PASSES),
     "scored": Case("decode", "scored", (96, 17), passes=PASSES),
@@ -74,6 +77,8 @@ def test_only_filters_by_name():
 def test_gate_accepts_every_uncompiled_form(case, dtype):
     if case.form == "probability" and dtype != "float32":
         pytest.skip("probabilities in half precision: eager divides by a p (1 - p) that is 0")
+    if case.op == "statistics" and dtype != "float32":
+        pytest.skip("statistics in half precision: eager's top-k has ties that the logits have not")
     case = Case(case.op, case.form, case.shape, dtype, passes=PASSES, weighted=case.weighted)
     inputs = contestants.make_inputs(case)
     gate = measure.Gate(case, inputs)

@@ -86,7 +86,7 @@ double run_blocks(double (*kernel)(const P&, int64_t, int64_t, void*), const P& 
   if (blocks == 0) return 0;
 
   const auto body = [&](int64_t begin, int64_t end, double* sums) {
-    void* const scratch = thread_scratch(scratch_bytes(columns));
+    void* const scratch = thread_scratch(scratch_bytes(problem));
     P moved = problem;
     for (int64_t b = begin; b < end; ++b) {
       int64_t rest = b / per_run;
@@ -144,6 +144,14 @@ class BinValues {
   std::vector<float> floats_;
   bool wide_;
 };
+
+// bins: their values, or null for 0, 1, 2, ...
+void run_summary(DistributionProblem d, const gfl_view* bins) {
+  BinValues values(bins, d.bins, d.pred.dtype == GFL_FLOAT64);
+  d.values.data = values.data();
+  using D = DistributionProblem;
+  run_blocks(table().distribution, d, d.bins, &D::pred, &D::grad_loss, &D::loss, &D::grad);
+}
 
 void write_scalar(const gfl_view* view, double value) {
   if (view->dtype == GFL_FLOAT64) {
@@ -203,14 +211,18 @@ extern "C" int gfl_distribution_cpu(const gfl_distribution_args* args) {
 }
 
 extern "C" int gfl_integral_cpu(const gfl_integral_args* args) {
-  using namespace gfl;
-  return guarded([&] {
-    DistributionProblem d = describe("gfl_integral_cpu", *args);
-    BinValues values(args->bins, d.bins, d.pred.dtype == GFL_FLOAT64);
-    d.values.data = values.data();
-    using D = DistributionProblem;
-    run_blocks(table().distribution, d, d.bins, &D::pred, &D::grad_loss, &D::loss, &D::grad);
-  });
+  return gfl::guarded(
+      [&] { gfl::run_summary(gfl::describe("gfl_integral_cpu", *args), args->bins); });
+}
+
+extern "C" int gfl_statistics_cpu(const gfl_statistics_args* args) {
+  return gfl::guarded(
+      [&] { gfl::run_summary(gfl::describe("gfl_statistics_cpu", *args), nullptr); });
+}
+
+extern "C" int gfl_moments_cpu(const gfl_moments_args* args) {
+  return gfl::guarded(
+      [&] { gfl::run_summary(gfl::describe("gfl_moments_cpu", *args), args->bins); });
 }
 
 extern "C" int gfl_distillation_cpu(const gfl_distillation_args* args) {

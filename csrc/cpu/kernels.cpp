@@ -438,6 +438,7 @@ class Distribution {
       : p_(problem), inner_(problem.ndim - 1), bins_(problem.bins) {
     Scratch scratch(memory);
     z_ = scratch.take<Vs>(bins_);
+    for (Vs*& more : more_) more = scratch.take<Vs>(bins_);
   }
 
   double run(int64_t begin, int64_t count) {
@@ -450,12 +451,13 @@ class Distribution {
 
  private:
   int64_t at(const Operand& o, int64_t row) const { return row * o.row[inner_]; }
-  bool is_integral() const { return p_.values.data; }
+  bool is_integral() const { return p_.kind == kExpectation; }
 
   double block(int64_t r, int64_t rows) {
     const int n = static_cast<int>(rows);
     // Rows of weight 0 are not read; the integral's value has no weight.
-    const bool weighted = load_weights(r, n) && !(is_integral() && p_.loss.data);
+    const bool weighted =
+        p_.kind < kStatistics && load_weights(r, n) && !(is_integral() && p_.loss.data);
     int active = n;
     if (weighted) {
       active = 0;
@@ -465,13 +467,21 @@ class Distribution {
       }
       if (active < n) write_zeros(r, n);
     }
-    if (!is_integral()) load_targets(r, n);
+    if (p_.kind == kTargetLoss) load_targets(r, n);
 
     V total{};
     Group groups[kGroups];
     for (int g = 0; g < active; g += kGroups * kN) {
       GFL_EACH_GROUP groups[u] = make_group(g, g + u * kN, active, active < n);
-      total = total + (is_integral() ? integral_groups(r, groups) : loss_groups(r, groups));
+      if (p_.kind == kTargetLoss) {
+        total = total + loss_groups(r, groups);
+      } else if (p_.kind == kMoments) {
+        moments_groups(r, groups);
+      } else if (is_integral()) {
+        p_.window < 0 ? integral_groups<false>(r, groups) : integral_groups<true>(r, groups);
+      } else {
+        p_.topk == 4 ? statistics_groups<4>(r, groups) : statistics_groups<0>(r, groups);
+      }
     }
     return sum_lanes(total);
   }
@@ -590,13 +600,19 @@ class Distribution {
     return total;
   }
 
-  V integral_groups(int64_t r, const Group* groups) {
+  template <bool kPeak>
+  void integral_groups(int64_t r, const Group* groups) {
     load_logits(r, groups);
     const Vs high = highest();
     const A* const values = reinterpret_cast<const A*>(p_.values.data);
-    Vs sums[kWays] = {}, moments[kWays] = {};
+    const Vs peak = kPeak ? first_of(high) : Vs{};
+    Vs sums[kWays] = {}, moments[kWays] = {}, bin{};
     each_bin([&](int64_t k, int way) __attribute__((always_inline)) {
       z_[k] = exponential(z_[k] - high);
+      if constexpr (kPeak) {
+        z_[k] = z_[k] * peak_window(bin, peak, static_cast<A>(p_.window));
+        bin = bin + A(1);
+      }
       sums[way] = sums[way] + z_[k];
       moments[way] = moments[way] + z_[k] * values[k];
     });
@@ -610,7 +626,129 @@ class Distribution {
       });
       store_grads(r, groups);
     }
-    return V{};
+  }
+
+  // The first bin of a logit that is there.
+  Vs first_of(const Vs& z) const {
+    Vs first{};
+    for (int64_t k = bins_ - 1; k >= 0; --k) {
+      first = select(z_[k] == z, broadcast<Vs>(static_cast<A>(k)), first);
+    }
+    return first;
+  }
+
+  void moments_groups(int64_t r, const Group* groups) {
+    load_logits(r, groups);
+    const Vs high = highest();
+    const A* const values = reinterpret_cast<const A*>(p_.values.data);
+    Vs* const shifted = more_[0];
+    Vs sums[kWays] = {}, moments[kWays] = {}, entropies[kWays] = {}, squares[kWays] = {};
+    each_bin([&](int64_t k, int way) __attribute__((always_inline)) {
+      const Vs s = z_[k] - high;
+      shifted[k] = s;
+      z_[k] = exponential(s);
+      sums[way] = sums[way] + z_[k];
+      moments[way] = moments[way] + z_[k] * values[k];
+      entropies[way] = entropies[way] + entropy_term(z_[k], s);
+    });
+    const Vs sum = sums[0] + sums[1], inverse = reciprocal(sum);
+    Moments<Vs> m{};
+    m.mean = (moments[0] + moments[1]) * inverse;
+    m.mean_s = (entropies[0] + entropies[1]) * inverse;
+    each_bin([&](int64_t k, int way) __attribute__((always_inline)) {
+      const Vs away = values[k] - m.mean;
+      squares[way] = squares[way] + z_[k] * (away * away);
+    });
+    m.variance = (squares[0] + squares[1]) * inverse;
+    const Vs std = square_root(m.variance);
+    if (p_.loss.data) {
+      write_values(r, groups, m.mean);
+      write_values(r, groups, std, 1);
+      write_values(r, groups, logarithm(sum) - m.mean_s, 2);
+    }
+    if (p_.grad.data) {
+      m.by_mean = upstream(r, groups, 0);
+      m.by_variance = upstream(r, groups, 1) * square_root_grad(std);
+      m.by_entropy = upstream(r, groups, 2);
+      each_bin([&](int64_t k, int) __attribute__((always_inline)) {
+        z_[k] = moments_grad(z_[k] * inverse, broadcast<Vs>(values[k]), shifted[k], m);
+      });
+      store_grads(r, groups);
+    }
+  }
+
+  // kTop: topk, known in advance; or 0: any.
+  template <int kTop>
+  void statistics_groups(int64_t r, const Group* groups) {
+    load_logits(r, groups);
+    const int64_t topk = kTop ? kTop : p_.topk;
+    Vs kept[3][kTop ? kTop : 1];
+    // The highest logits so far, in descending order; their bins; what comes from upstream for
+    // them.
+    Vs* const top = kTop ? kept[0] : more_[0];
+    Vs* const place = kTop ? kept[1] : more_[1];
+    Vs* const g = kTop ? kept[2] : more_[2];
+    const bool backward = p_.grad.data;
+    backward ? find_top<true>(topk, top, place) : find_top<false>(topk, top, place);
+    Vs sums[kWays] = {};
+    const Vs high = top[0];
+    each_bin([&](int64_t k, int way) __attribute__((always_inline)) {
+      z_[k] = exponential(z_[k] - high);
+      sums[way] = sums[way] + z_[k];
+    });
+    const Vs inverse = reciprocal(sums[0] + sums[1]);
+    const A share = A(1) / static_cast<A>(topk);
+    for (int64_t j = 0; j < topk; ++j) top[j] = exponential(top[j] - high) * inverse;
+    if (p_.loss.data) {
+      Vs total{};
+      for (int64_t j = 0; j < topk; ++j) {
+        write_values(r, groups, top[j], j);
+        total = total + top[j];
+      }
+      if (p_.add_mean) write_values(r, groups, total * share, topk);
+    }
+    if (backward) {
+      const Vs of_mean = p_.add_mean ? upstream(r, groups, topk) * share : Vs{};
+      Vs total{};
+      for (int64_t j = 0; j < topk; ++j) {
+        g[j] = upstream(r, groups, j) + of_mean;
+        total = total + g[j] * top[j];
+      }
+      Vs bin{};
+      for (int64_t k = 0; k < bins_; ++k) {
+        Vs of_bin{};
+        for (int64_t j = 0; j < topk; ++j) of_bin = select(place[j] == bin, g[j], of_bin);
+        z_[k] = expectation_grad(z_[k] * inverse, of_bin, total);
+        bin = bin + A(1);
+      }
+      store_grads(r, groups);
+    }
+  }
+
+  // Every logit takes the place of the first lower one of the list, and all from there on move down
+  // by one. An equal one stays in front; what is -inf or NaN is in no place.
+  template <bool kPlaces>
+  __attribute__((always_inline)) void find_top(int64_t topk, Vs* top, Vs* place) const {
+    for (int64_t j = 0; j < topk; ++j) {
+      top[j] = broadcast<Vs>(-static_cast<A>(__builtin_inff()));
+      place[j] = broadcast<Vs>(A(-1));
+    }
+    Vs bin{};
+    for (int64_t k = 0; k < bins_; ++k) {
+      Vs z = z_[k], at = bin;
+      for (int64_t j = 0; j < topk; ++j) {
+        const auto above = z_[k] > top[j];
+        const Vs lower = select(above, top[j], z);
+        top[j] = select(above, z, top[j]);
+        z = lower;
+        if constexpr (kPlaces) {
+          const Vs lower_at = select(above, place[j], at);
+          place[j] = select(above, at, place[j]);
+          at = lower_at;
+        }
+      }
+      bin = bin + A(1);
+    }
   }
 
   // f(k, k % kWays): sums and maxima go to kWays accumulators, or each would wait for the one
@@ -740,22 +878,38 @@ class Distribution {
         S* const row = grads(r + i);
         for (int64_t k = 0; k < bins_; ++k) row[k * p_.grad.column] = S{};
       }
-      if (p_.loss.data) write_out(r + i, 0);
+      if (p_.loss.data) *losses(r + i) = 0;
     }
   }
 
-  A* losses(int64_t row) const { return reinterpret_cast<A*>(p_.loss.data) + at(p_.loss, row); }
-  void write_out(int64_t row, A value) { *losses(row) = value; }
+  A* losses(int64_t row, int64_t column = 0) const {
+    return reinterpret_cast<A*>(p_.loss.data) + at(p_.loss, row) + column * p_.loss.column;
+  }
 
-  // A value per row of the groups, out to memory or in from an array of the block.
-  void write_values(int64_t r, const Group* groups, const Vs& values) {
+  // A value per row of the groups, out to memory, in from upstream or from an array of the block.
+  void write_values(int64_t r, const Group* groups, const Vs& values, int64_t column = 0) {
     GFL_EACH_GROUP {
       if (groups[u].together && p_.loss.row[inner_] == 1) {
-        store(losses(r + groups[u].first), values[u]);
+        store(losses(r + groups[u].first, column), values[u]);
         continue;
       }
-      for (int i = 0; i < groups[u].lanes; ++i) write_out(r + groups[u].row(i), values[u][i]);
+      for (int i = 0; i < groups[u].lanes; ++i) {
+        *losses(r + groups[u].row(i), column) = values[u][i];
+      }
     }
+  }
+  Vs upstream(int64_t r, const Group* groups, int64_t column) const {
+    const Operand& o = p_.grad_loss;
+    const A* const from = reinterpret_cast<const A*>(o.data) + at(o, r) + column * o.column;
+    Vs v;
+    GFL_EACH_GROUP {
+      if (groups[u].together && o.row[inner_] == 1) {
+        v[u] = load(from + groups[u].first);
+      } else {
+        for (int i = 0; i < kN; ++i) v[u][i] = from[at(o, groups[u].row(i))];
+      }
+    }
+    return v;
   }
   static Vs gather(const A* values, const Group* groups) {
     Vs v;
@@ -775,7 +929,8 @@ class Distribution {
   const DistributionProblem& p_;
   const int inner_;
   const int64_t bins_;
-  Vs* z_;  // [bins] one lane per row: logits, then exponentials, then gradients
+  Vs* z_;        // [bins] one lane per row: logits, then exponentials, then gradients
+  Vs* more_[3];  // [bins] of what else a row needs
   A weight_[kRows], left_[kRows], wl_[kRows], wr_[kRows];
   int64_t index_[kRows + 1];
 };

@@ -10,7 +10,7 @@ namespace gfl {
 
 // Rows [begin, begin + count) of the innermost dimension, the operands' data already moved to the
 // outer index. Returns the sum of the weighted row losses, not scaled. scratch:
-// scratch_bytes(columns) bytes, aligned to 64, any content.
+// scratch_bytes(problem) bytes, aligned to 64, any content.
 struct KernelTable {
   const char* name;
   double (*quality)(const QualityProblem&, int64_t begin, int64_t count, void* scratch);
@@ -48,12 +48,12 @@ constexpr int64_t head_scratch_bytes(int64_t classes, int64_t bins) {
 constexpr int64_t kTile = 1536;
 
 constexpr int64_t tile_elements(int64_t columns) { return columns > kTile ? columns : kTile; }
-// Nine arrays of at most 8 bytes an element, each with a vector's room behind it; or four vectors
-// per bin.
-constexpr int64_t scratch_bytes(int64_t columns) {
-  const int64_t tile = 9 * (tile_elements(columns) * 8 + 128), bins = columns * 256 + 256;
-  return tile > bins ? tile : bins;
+// Nine arrays of at most 8 bytes an element, each with a vector's room behind it.
+constexpr int64_t scratch_bytes(const QualityProblem& q) {
+  return 9 * (tile_elements(q.classes) * 8 + 128);
 }
+// Four arrays of four vectors per bin.
+constexpr int64_t scratch_bytes(const DistributionProblem& d) { return 4 * (d.bins * 256 + 128); }
 
 extern const KernelTable kBaseline;
 extern const KernelTable kAvx2;

@@ -106,20 +106,6 @@ GFL_INLINE F32 maximum(F32 a, F32 b) {
 #endif
 }
 GFL_INLINE F64 maximum(F64 a, F64 b) { return select(a > b, a, b); }
-GFL_INLINE F32 square_root(F32 x) {
-#if defined(__AVX512F__)
-  return (F32)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
-#elif defined(__AVX2__)
-  return (F32)_mm256_sqrt_ps((__m256)x);
-#else
-  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
-  return x;
-#endif
-}
-GFL_INLINE F64 square_root(F64 x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
-  return x;
-}
 GFL_INLINE F32 negative_abs(F32 x) { return (F32)((U32)x | 0x80000000u); }
 GFL_INLINE F64 negative_abs(F64 x) { return (F64)((I64)x | INT64_MIN); }
 
@@ -146,6 +132,30 @@ GFL_INLINE F64 split_mantissa(F64 v, F64* n) {
 template <typename T>
 GFL_INLINE T reciprocal(T x) {
   return scalar_t<T>(1) / x;
+}
+GFL_INLINE F32 square_root(F32 x) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+#elif defined(__AVX2__)
+  return (F32)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+  return (F32)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+GFL_INLINE F64 square_root(F64 x) {
+#if defined(__AVX512F__)
+  return (F64)_mm512_maskz_sqrt_pd(0xff, (__m512d)x);
+#elif defined(__AVX2__)
+  return (F64)_mm256_sqrt_pd((__m256d)x);
+#elif defined(__SSE2__)
+  return (F64)_mm_sqrt_pd((__m128d)x);
+#else
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+#endif
 }
 // floor for |t| < 2^22.
 template <typename T>
@@ -240,10 +250,10 @@ struct Broadcast<Wide<V, n>> {
     GFL_WIDE(r[u] = name(a[u]);)                    \
     return r;                                       \
   }
-GFL_WIDE_FUNCTION(square_root)
 GFL_WIDE_FUNCTION(negative_abs)
 GFL_WIDE_FUNCTION(shift_exponent)
 GFL_WIDE_FUNCTION(reciprocal)
+GFL_WIDE_FUNCTION(square_root)
 #undef GFL_WIDE_FUNCTION
 
 template <typename V, int n>

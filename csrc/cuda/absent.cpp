@@ -17,6 +17,8 @@ extern "C" {
 int gfl_quality_cuda(const gfl_quality_args*, void*, void*) { return refuse(); }
 int gfl_distribution_cuda(const gfl_distribution_args*, void*, void*) { return refuse(); }
 int gfl_integral_cuda(const gfl_integral_args*, void*) { return refuse(); }
+int gfl_statistics_cuda(const gfl_statistics_args*, void*) { return refuse(); }
+int gfl_moments_cuda(const gfl_moments_args*, void*) { return refuse(); }
 int gfl_distillation_cuda(const gfl_distillation_args*, void*, void*) { return refuse(); }
 int gfl_decode_cuda(const gfl_decode_args*, void*) { return refuse(); }
 int64_t gfl_head_cuda_workspace_bytes(const gfl_head_args*) {

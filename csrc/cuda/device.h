@@ -35,8 +35,6 @@ GFL_DEVICE double select(bool mask, double yes, double no) { return mask ? yes :
 // The larger of the two; b if either is NaN.
 GFL_DEVICE float maximum(float a, float b) { return a > b ? a : b; }
 GFL_DEVICE double maximum(double a, double b) { return a > b ? a : b; }
-GFL_DEVICE float square_root(float x) { return sqrtf(x); }
-GFL_DEVICE double square_root(double x) { return sqrt(x); }
 GFL_DEVICE float negative_abs(float x) { return -fabsf(x); }
 GFL_DEVICE double negative_abs(double x) { return -fabs(x); }
 
@@ -60,6 +58,8 @@ GFL_DEVICE double split_mantissa(double v, double* n) {
 GFL_DEVICE float floor_small(float t) { return floorf(t); }
 GFL_DEVICE double floor_small(double t) { return floor(t); }
 GFL_DEVICE double reciprocal(double x) { return 1 / x; }
+GFL_DEVICE float square_root(float x) { return sqrtf(x); }
+GFL_DEVICE double square_root(double x) { return sqrt(x); }
 
 #if defined(GFL_APPROXIMATE)
 

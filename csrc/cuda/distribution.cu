@@ -1,4 +1,5 @@
-// The distribution family: Distribution Focal Loss, and the Integral where there is no target.
+// The distribution family: Distribution Focal Loss, the Integral where there is no target, and the
+// summaries of a row (statistics, moments, the Integral over a peak).
 #define GFL_APPROXIMATE
 #include <type_traits>
 
@@ -66,8 +67,8 @@ GFL_DEVICE void store_piece(T* to, const A (&from)[kPiece]) {
   }
 }
 
-// Where the bins of a row are while it is computed: in shared memory, where the gradient takes the
-// place of z; or at their places in pred and grad.
+// Where the bins of a row are while it is computed: in shared memory, where the gradient may take
+// the place of z; or at their places in pred and grad.
 template <typename T, typename Step>
 struct Bins {
   const T* pred;
@@ -222,6 +223,133 @@ GFL_DEVICE A compute_whole_row(const Bins<T, int>& bins, Row<A> row, bool is_int
   return value;
 }
 
+// The next logit in descending order, of equals the first bin first: value and place are those of
+// the one before. The place is s.bins if there is none, or -inf alone.
+template <typename T, typename Step, typename A>
+GFL_DEVICE void next_highest(const Bins<T, Step>& bins, bool read, const DistributionShape& s,
+                             int lane, A* value, int* place) {
+  const int count = s.bins, lanes = 1 << s.lane_bits;
+  A best = static_cast<A>(-INFINITY);
+  int at = count;
+  if (read) {
+    for (int k = lane; k < count; k += lanes) {
+      const A z = widen(*bins.z(k));
+      const bool after = z < *value || (z == *value && k > *place);
+      if (after && z > best) {
+        best = z;
+        at = k;
+      }
+    }
+  }
+  *value = max_lanes(best, lanes);
+  *place = -static_cast<int>(max_lanes(static_cast<A>(best == *value ? -at : -count), lanes));
+}
+
+// A summary of a row into `out`, or its gradient out of `upstream`, by the neighbours the row
+// belongs to. The whole warp takes part; where `read` is false there is no row. The gradient of
+// statistics must not take the place of z.
+template <typename T, typename Step, typename A>
+GFL_DEVICE void summarise_row(const Bins<T, Step>& bins, bool read, const void* values,
+                              const A* upstream, A* out, const DistributionShape& s, int lane) {
+  const int count = s.bins, lanes = 1 << s.lane_bits, end = read ? count : 0;
+  const bool statistics = s.kind == kStatistics, moments = s.kind == kMoments;
+  const auto from_upstream = [&](int j) { return read ? upstream[j * s.upstream.column] : A(0); };
+  const auto write = [&](int j, A value) {
+    if (read && lane == 0) out[j * s.loss.column] = value;
+  };
+  A high = static_cast<A>(-INFINITY);
+  for (int k = lane; k < end; k += lanes) high = larger(A(widen(*bins.z(k))), high);
+  high = max_lanes(high, lanes);
+  A peak = 0;
+  if (s.window >= 0) {
+    int first = count;
+    for (int k = lane; k < end; k += lanes) {
+      if (widen(*bins.z(k)) == high) first = min(first, k);
+    }
+    peak = -max_lanes(static_cast<A>(-first), lanes);
+  }
+  const auto exponential_of = [&](int k, A shifted) {
+    const A e = exponential(shifted);
+    return s.window < 0 ? e : e * peak_window(A(k), peak, A(s.window));
+  };
+  A sum = 0, mean = 0, mean_s = 0;
+  for (int k = lane; k < end; k += lanes) {
+    const A shifted = widen(*bins.z(k)) - high;
+    const A e = exponential_of(k, shifted);
+    sum += e;
+    if (!statistics) mean += e * bin_value<A>(values, s.values, k);
+    if (moments) mean_s += entropy_term(e, shifted);
+  }
+  sum = sum_lanes(sum, lanes);
+  A inverse = reciprocal(sum);
+  if (statistics) {
+    const A share = A(1) / s.topk;
+    const A of_mean = upstream && s.add_mean ? from_upstream(s.topk) * share : A(0);
+    const auto each_place = [&](const auto& of) {
+      A value = static_cast<A>(INFINITY);
+      int place = -1;
+#pragma unroll 1
+      for (int j = 0; j < s.topk; ++j) {
+        next_highest(bins, read, s, lane, &value, &place);
+        of(j, place, exponential(value - high) * inverse);
+      }
+    };
+    A total = 0;
+    if (!upstream) {
+      each_place([&](int j, int, A p) {
+        write(j, p);
+        total += p;
+      });
+      if (s.add_mean) write(s.topk, total * share);
+      return;
+    }
+    each_place([&](int j, int, A p) { total += (from_upstream(j) + of_mean) * p; });
+    for (int k = lane; k < end; k += lanes) {
+      const A p = exponential(widen(*bins.z(k)) - high) * inverse;
+      narrow(expectation_grad(p, A(0), total), bins.g(k));
+    }
+    __syncwarp();
+    each_place([&](int j, int place, A p) {
+      if (read && lane == 0 && place < count) {
+        narrow(expectation_grad(p, from_upstream(j) + of_mean, total), bins.g(place));
+      }
+    });
+    return;
+  }
+  mean = sum_lanes(mean, lanes) * inverse;
+  if (moments) {
+    Moments<A> m{mean, 0, sum_lanes(mean_s, lanes) * inverse};
+    for (int k = lane; k < end; k += lanes) {
+      const A away = bin_value<A>(values, s.values, k) - mean;
+      m.variance += exponential(widen(*bins.z(k)) - high) * (away * away);
+    }
+    m.variance = sum_lanes(m.variance, lanes) * inverse;
+    const A std = square_root(m.variance);
+    if (!upstream) {
+      write(0, mean);
+      write(1, std);
+      write(2, logarithm(sum) - m.mean_s);
+      return;
+    }
+    m.by_mean = from_upstream(0);
+    m.by_variance = from_upstream(1) * square_root_grad(std);
+    m.by_entropy = from_upstream(2);
+    for (int k = lane; k < end; k += lanes) {
+      const A shifted = widen(*bins.z(k)) - high;
+      narrow(moments_grad(exponential(shifted) * inverse, bin_value<A>(values, s.values, k),
+                          shifted, m),
+             bins.g(k));
+    }
+    return;
+  }
+  if (!upstream) return write(0, mean);
+  inverse *= from_upstream(0);
+  for (int k = lane; k < end; k += lanes) {
+    const A e = exponential_of(k, widen(*bins.z(k)) - high);
+    narrow(expectation_grad(e * inverse, bin_value<A>(values, s.values, k), mean), bins.g(k));
+  }
+}
+
 GFL_DEVICE int quotient(int n, uint32_t magic) { return __umulhi(n, magic); }
 
 // A tile of rows on its way to shared memory, or back where kStore: lines of neighbouring elements,
@@ -329,7 +457,7 @@ struct Mover {
   }
 };
 
-// kBins: known in advance, and a thread to each row; or 0: any number.
+// kBins: known in advance, and a thread to each row; 0: any number; or kSummary.
 template <int kDtype, int kBins>
 __global__ void __launch_bounds__(kDistributionThreads, kDtype == GFL_FLOAT64 || kBins > 17 ? 6 : 8)
     distribution_kernel(const void* pred, const void* target, const void* weight_left,
@@ -343,9 +471,10 @@ __global__ void __launch_bounds__(kDistributionThreads, kDtype == GFL_FLOAT64 ||
   __shared__ A weights[kMostTileRows];
   T* const staged = reinterpret_cast<T*>(shared);
   const A factor = scale_factor<A>(s.scale, avg_factor);
-  const int lane_bits = kBins ? 0 : s.lane_bits, lane = threadIdx.x & ((1 << lane_bits) - 1);
+  constexpr bool kAny = kBins == 0 || kBins == kSummary;
+  const int lane_bits = kAny ? s.lane_bits : 0, lane = threadIdx.x & ((1 << lane_bits) - 1);
   const int tiles = s.tiles, tiles_per_run = s.tiles_per_run;
-  constexpr bool kPadded = kBins == 0 || (kBins % V == 0 && kBins / V % 2 == 0);  // as planned
+  constexpr bool kPadded = kAny || (kBins % V == 0 && kBins / V % 2 == 0);  // as planned
   const int pad = kPadded ? s.row_step - static_cast<int>(s.bins) : 0;
   A total = 0;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -377,6 +506,14 @@ __global__ void __launch_bounds__(kDistributionThreads, kDtype == GFL_FLOAT64 ||
       const RowIndex at{start.outer, start.middle, first + in_tile};
       const auto offset = [&](const Steps& steps) { return at.offset(steps); };
       const bool inside = in_tile < count, write = grad && inside;
+      if constexpr (kBins == kSummary) {
+        T* const mine = staged + in_tile * s.row_step;
+        const Bins<T, int> bins{mine, mine + s.grad_offset, s.bin_step, s.bin_step};
+        summarise_row(bins, inside, values,
+                      grad ? static_cast<const A*>(upstream) + offset(s.upstream) : nullptr,
+                      static_cast<A*>(loss) + (grad ? 0 : offset(s.loss)), s, lane);
+        continue;
+      }
       Row<A> row{};
       if (inside) {
         const A w = weight ? weights[in_tile] : A(1);
@@ -413,7 +550,7 @@ __global__ void __launch_bounds__(kDistributionThreads, kDtype == GFL_FLOAT64 ||
                         s.grad.column,
                         count,
                         pad,
-                        staged,
+                        staged + (kBins == kSummary ? s.grad_offset : 0),
                         nullptr,
                         s.grad_stage,
                         s}
@@ -448,6 +585,19 @@ __global__ void __launch_bounds__(kDistributionThreads, 4)
       locate(s.rows, number, one, at);
       return at[0];
     };
+    if (s.summary) {
+      Bins<T, int64_t> bins{static_cast<const T*>(pred), static_cast<T*>(grad), s.pred.column,
+                            s.grad.column};
+      if (inside) {
+        bins.pred += offset(s.pred);
+        if (grad) bins.grad += offset(s.grad);
+      }
+      summarise_row(
+          bins, inside, values,
+          grad ? static_cast<const A*>(upstream) + (inside ? offset(s.upstream) : 0) : nullptr,
+          static_cast<A*>(loss) + (inside && !grad ? offset(s.loss) : 0), s, lane);
+      continue;
+    }
     Row<A> row{};
     Bins<T, int64_t> bins{static_cast<const T*>(pred), static_cast<T*>(grad), s.pred.column,
                           s.grad.column};
@@ -473,6 +623,8 @@ static const void* distribution_kernel_for(int bins) {
   switch (bins) {
     case 0:
       return reinterpret_cast<const void*>(distribution_kernel<kDtype, 0>);
+    case kSummary:
+      return reinterpret_cast<const void*>(distribution_kernel<kDtype, kSummary>);
     case 8:
       return reinterpret_cast<const void*>(distribution_kernel<kDtype, 8>);
     case 16:
@@ -491,7 +643,9 @@ const void* distribution_kernel_at(int dtype, int bins) {
     case GFL_FLOAT32:
       return distribution_kernel_for<GFL_FLOAT32>(bins);
     case GFL_FLOAT64:
-      return reinterpret_cast<const void*>(distribution_kernel<GFL_FLOAT64, 0>);
+      return bins == kSummary
+                 ? reinterpret_cast<const void*>(distribution_kernel<GFL_FLOAT64, kSummary>)
+                 : reinterpret_cast<const void*>(distribution_kernel<GFL_FLOAT64, 0>);
     case GFL_BFLOAT16:
       return distribution_kernel_for<GFL_BFLOAT16>(bins);
     case GFL_FLOAT16:

@@ -70,6 +70,15 @@ void run(const char* name, Plan& plan, const gfl_view* loss, cudaStream_t stream
   }
 }
 
+template <typename Args>
+int run_summary(const char* name, const Args& args, void* stream) {
+  return guarded([&] {
+    Plan plan;
+    gfl::plan(name, args, &plan);
+    run(name, plan, nullptr, static_cast<cudaStream_t>(stream));
+  });
+}
+
 }  // namespace
 }  // namespace gfl
 
@@ -92,11 +101,15 @@ int gfl_distribution_cuda(const gfl_distribution_args* args, void* workspace, vo
 }
 
 int gfl_integral_cuda(const gfl_integral_args* args, void* stream) {
-  return gfl::guarded([&] {
-    gfl::Plan plan;
-    gfl::plan("gfl_integral_cuda", *args, &plan);
-    gfl::run("gfl_integral_cuda", plan, nullptr, static_cast<cudaStream_t>(stream));
-  });
+  return gfl::run_summary("gfl_integral_cuda", *args, stream);
+}
+
+int gfl_statistics_cuda(const gfl_statistics_args* args, void* stream) {
+  return gfl::run_summary("gfl_statistics_cuda", *args, stream);
+}
+
+int gfl_moments_cuda(const gfl_moments_args* args, void* stream) {
+  return gfl::run_summary("gfl_moments_cuda", *args, stream);
 }
 
 int gfl_distillation_cuda(const gfl_distillation_args* args, void* workspace, void* stream) {

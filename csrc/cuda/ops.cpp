@@ -55,6 +55,8 @@ class Cuda {
     return gfl_distribution_cuda(&args, workspace.data(), stream_);
   }
   int run(const gfl_integral_args& args) const { return gfl_integral_cuda(&args, stream_); }
+  int run(const gfl_statistics_args& args) const { return gfl_statistics_cuda(&args, stream_); }
+  int run(const gfl_moments_args& args) const { return gfl_moments_cuda(&args, stream_); }
   int run(const gfl_distillation_args& args) const {
     const Workspace workspace(place(), args.loss);
     return gfl_distillation_cuda(&args, workspace.data(), stream_);

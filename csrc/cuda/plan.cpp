@@ -244,9 +244,11 @@ void plan_distribution(const DistributionProblem& d, DistributionShape* s, Launc
   // where threads walk along them, or two to a bank where the number of words is even.
   const int64_t row_step = d.bins % vector == 0 ? (d.bins / vector | 1) * vector : d.bins;
   const bool planes = d.pred.column != 1;
+  // The gradient of statistics has a tile of its own.
+  const int64_t copies = d.kind == kStatistics && d.grad.data ? 2 : 1;
   int64_t tile_rows = kMostTileRows;
   while (tile_rows > kDistributionThreads / 32 &&
-         (tile_rows * row_step * bytes > kTileBytes ||
+         (copies * tile_rows * row_step * bytes > kTileBytes ||
           (s->rows.ndim > 1 && tile_rows >= 2 * s->rows.size[kInner]))) {
     tile_rows /= 2;
   }
@@ -258,7 +260,9 @@ void plan_distribution(const DistributionProblem& d, DistributionShape* s, Launc
   s->row_step = planes ? 1 : static_cast<int32_t>(row_step);
   s->bin_step = planes ? static_cast<int32_t>(tile_rows + pad) : 1;
   s->whole_vectors = !planes && d.bins % vector == 0;
-  const int64_t shared = bytes * (planes ? d.bins * s->bin_step : tile_rows * row_step);
+  const int64_t tile = planes ? d.bins * s->bin_step : tile_rows * row_step;
+  s->grad_offset = copies > 1 ? static_cast<int32_t>(ceil_div(tile, vector) * vector) : 0;
+  const int64_t shared = bytes * (s->grad_offset + tile);
   s->pred_stage = stage_of(d.pred, s->pred, *s, vector);
   s->grad_stage = d.grad.data ? stage_of(d.grad, s->grad, *s, vector) : s->pred_stage;
   if (s->pred_stage.mode < 0 || s->grad_stage.mode < 0 || d.bins < 2 ||
@@ -273,7 +277,10 @@ void plan_distribution(const DistributionProblem& d, DistributionShape* s, Launc
   }
   const bool whole = (d.bins == 8 || d.bins == 16 || d.bins == 17 || d.bins == 33) &&
                      s->lane_bits == 0 && d.pred.dtype != GFL_FLOAT64;
-  set_kernel(launch, kDistributionKernel, d.pred.dtype, whole ? static_cast<int>(d.bins) : 0);
+  set_kernel(launch, kDistributionKernel, d.pred.dtype,
+             s->summary ? kSummary
+             : whole    ? static_cast<int>(d.bins)
+                        : 0);
   s->tiles_per_run = ceil_div(s->rows.size[kInner], tile_rows);
   s->tiles = s->rows.count / s->rows.size[kInner] * s->tiles_per_run;
   s->bins_magic = magic_of(d.bins);
@@ -284,6 +291,11 @@ void plan_distribution(const DistributionProblem& d, DistributionShape* s, Launc
 void add_distribution(const DistributionProblem& d, const Scale& scale, const void* avg_factor,
                       double* partials, Plan* plan) {
   DistributionShape s{};
+  s.kind = d.kind;
+  s.window = d.window;
+  s.topk = d.topk;
+  s.add_mean = d.add_mean;
+  s.summary = d.kind >= kStatistics || (d.kind == kExpectation && d.window >= 0);
   s.rows = rows_of(d.ndim, d.size);
   s.bins = d.bins;
   s.scale = scale;
@@ -619,15 +631,26 @@ void plan(const char* name, const gfl_distribution_args& args, double* workspace
   if (sum) add_finish(plan, workspace, args.loss, args.avg_factor, scale);
 }
 
-void plan(const char* name, const gfl_integral_args& args, Plan* plan) {
+static void plan_summary(DistributionProblem d, const gfl_view* bins, Plan* plan) {
   *plan = {};
-  DistributionProblem d = describe(name, args);
-  if (rows_of(d.ndim, d.size).count == 0 || (!args.out && !args.grad)) return;
-  if (args.bins) {
-    d.values.data = static_cast<char*>(args.bins->data);
-    d.values.column = args.bins->strides[0];
+  if (rows_of(d.ndim, d.size).count == 0 || (!d.loss.data && !d.grad.data)) return;
+  if (bins) {
+    d.values.data = static_cast<char*>(bins->data);
+    d.values.column = bins->strides[0];
   }
   add_distribution(d, {1, GFL_FLOAT32}, nullptr, nullptr, plan);
+}
+
+void plan(const char* name, const gfl_integral_args& args, Plan* plan) {
+  plan_summary(describe(name, args), args.bins, plan);
+}
+
+void plan(const char* name, const gfl_statistics_args& args, Plan* plan) {
+  plan_summary(describe(name, args), nullptr, plan);
+}
+
+void plan(const char* name, const gfl_moments_args& args, Plan* plan) {
+  plan_summary(describe(name, args), args.bins, plan);
 }
 
 void plan(const char* name, const gfl_distillation_args& args, double* workspace, Plan* plan) {
@@ -752,6 +775,12 @@ GFL_API int gfl_distribution_cuda_plan(const gfl_distribution_args* args, double
 }
 GFL_API int gfl_integral_cuda_plan(const gfl_integral_args* args, gfl::Plan* plan) {
   return gfl::guarded([&] { gfl::plan("gfl_integral_cuda", *args, plan); });
+}
+GFL_API int gfl_statistics_cuda_plan(const gfl_statistics_args* args, gfl::Plan* plan) {
+  return gfl::guarded([&] { gfl::plan("gfl_statistics_cuda", *args, plan); });
+}
+GFL_API int gfl_moments_cuda_plan(const gfl_moments_args* args, gfl::Plan* plan) {
+  return gfl::guarded([&] { gfl::plan("gfl_moments_cuda", *args, plan); });
 }
 GFL_API int gfl_distillation_cuda_plan(const gfl_distillation_args* args, double* workspace,
                                        gfl::Plan* plan) {

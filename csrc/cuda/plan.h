@@ -45,6 +45,8 @@ struct Plan {
 void plan(const char* name, const gfl_quality_args& args, double* workspace, Plan* plan);
 void plan(const char* name, const gfl_distribution_args& args, double* workspace, Plan* plan);
 void plan(const char* name, const gfl_integral_args& args, Plan* plan);
+void plan(const char* name, const gfl_statistics_args& args, Plan* plan);
+void plan(const char* name, const gfl_moments_args& args, Plan* plan);
 void plan(const char* name, const gfl_distillation_args& args, double* workspace, Plan* plan);
 void plan(const char* name, const gfl_decode_args& args, Plan* plan);
 

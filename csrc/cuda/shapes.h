@@ -64,6 +64,7 @@ enum StageMode {
   kBinPlanes  // the bins of neighbouring rows do: NCHW
 };
 constexpr int kDistributionThreads = 128;
+constexpr int kSummary = 1;  // in place of a number of bins: any, for all but loss and mean
 constexpr int kMostTileRows = 4 * kDistributionThreads;
 
 // How a tile moves between shared memory and a matrix: in lines, which are rows or, of kBinPlanes,
@@ -76,6 +77,10 @@ struct StageShape {
 };
 
 struct DistributionShape {
+  DistributionKind kind;
+  int32_t window, topk;
+  bool add_mean;
+  bool summary;  // not the loss, nor the expectation over all bins
   RowShape rows;
   Steps pred, target, weight_left, weight_right, weight, upstream, values, loss, grad;
   Scale scale;
@@ -87,6 +92,7 @@ struct DistributionShape {
   StageShape pred_stage, grad_stage;
   int32_t tile_rows;
   int32_t row_step, bin_step;  // in shared memory, in elements
+  int32_t grad_offset;         // there, of the gradient from the logits; 0: it takes their place
   bool whole_vectors;          // a row is made of aligned vectors there
   uint32_t bins_magic;
 };

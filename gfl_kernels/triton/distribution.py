@@ -140,6 +140,76 @@ def bin_value(values, k, ACC: tl.constexpr):
 
 
 @triton.jit
+def load_bins(
+    pred,
+    pred_column,
+    start,
+    read,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """The bins of N groups of TOGETHER rows, start being the first of each, as a tuple of tensors
+    [N], row after row.
+
+    Where K is odd a row does not begin at a multiple of VECTOR elements, but every TOGETHER-th of
+    packed rows does: so many belong to one thread and are moved VECTOR elements at a time. With
+    VECTOR = 1 a bin is an access. Otherwise CHUNK elements are one tensor, of which neighbouring
+    lanes fetch whole sectors together, and then hand over what is another's.
+    """
+    z = ()
+    if VECTOR > 1:
+        at = (pred[0] + start * (pred[1] * UNIT))[:, None]
+        for c in tl.static_range(TOGETHER * K // CHUNK):
+            here = at + (c * CHUNK + tl.arange(0, CHUNK)[None, :])
+            z = z + split_vector(tl.load(here, mask=read[:, None], other=0.0), N, CHUNK)
+        for v in tl.static_range(TOGETHER * K // CHUNK * CHUNK, TOGETHER * K, VECTOR):
+            here = at + (v + tl.arange(0, VECTOR)[None, :])
+            z = z + split_vector(tl.load(here, mask=read[:, None], other=0.0), N, VECTOR)
+    else:
+        for k in tl.static_range(K):
+            bin_ = tl.full((), k, tl.int64)
+            at = matrix_offsets(0, start, bin_, pred[1], pred_column, CONTIGUOUS, UNIT)
+            z = z + (tl.load(pred[0] + at, mask=read, other=0.0),)
+    return z
+
+
+@triton.jit
+def store_bins(
+    gradients,
+    grad,
+    grad_column,
+    start,
+    inside,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """The reverse of load_bins."""
+    if VECTOR > 1:
+        at = (grad[0] + start * (grad[1] * UNIT))[:, None]
+        for c in tl.static_range(TOGETHER * K // CHUNK):
+            t = join_vector(gradients, c * CHUNK, 1, N, CHUNK)
+            tl.store(at + (c * CHUNK + tl.arange(0, CHUNK)[None, :]), t, mask=inside[:, None])
+        for v in tl.static_range(TOGETHER * K // CHUNK * CHUNK, TOGETHER * K, VECTOR):
+            t = join_vector(gradients, v, 1, N, VECTOR)
+            tl.store(at + (v + tl.arange(0, VECTOR)[None, :]), t, mask=inside[:, None])
+    else:
+        for k in tl.static_range(K):
+            bin_ = tl.full((), k, tl.int64)
+            at = matrix_offsets(0, start, bin_, grad[1], grad_column, CONTIGUOUS, UNIT)
+            tl.store(grad[0] + at, gradients[k], mask=inside)
+
+
+@triton.jit
 def held_rows(
     pred,
     grad,
@@ -169,11 +239,6 @@ def held_rows(
 ):
     """Loss and gradient of N groups of TOGETHER rows, `row` being the first of each; the sum of
     their losses. A thread holds all bins of its rows: no reduction crosses lanes and no lane pads.
-
-    Where K is odd a row does not begin at a multiple of VECTOR elements, but every TOGETHER-th of
-    packed rows does: so many belong to one thread and are moved VECTOR elements at a time. With
-    VECTOR = 1 a bin is an access. Otherwise CHUNK elements are one tensor, of which neighbouring
-    lanes fetch whole sectors together, and then hand over what is another's.
     """
     last: tl.constexpr = K - 1
     start = row
@@ -182,20 +247,19 @@ def held_rows(
         read = start < 0
         for i in tl.static_range(TOGETHER):
             read = read | (row_weight(weight, start + i, inside, ACC) != 0.0)
-    z = ()
-    if VECTOR > 1:
-        at = (pred[0] + start * (pred[1] * PRED_UNIT))[:, None]
-        for c in tl.static_range(TOGETHER * K // CHUNK):
-            here = at + (c * CHUNK + tl.arange(0, CHUNK)[None, :])
-            z = z + split_vector(tl.load(here, mask=read[:, None], other=0.0), N, CHUNK)
-        for v in tl.static_range(TOGETHER * K // CHUNK * CHUNK, TOGETHER * K, VECTOR):
-            here = at + (v + tl.arange(0, VECTOR)[None, :])
-            z = z + split_vector(tl.load(here, mask=read[:, None], other=0.0), N, VECTOR)
-    else:
-        for k in tl.static_range(K):
-            bin_ = tl.full((), k, tl.int64)
-            at = matrix_offsets(0, start, bin_, pred[1], pred_column, PRED_CONTIGUOUS, PRED_UNIT)
-            z = z + (tl.load(pred[0] + at, mask=read, other=0.0),)
+    z = load_bins(
+        pred,
+        pred_column,
+        start,
+        read,
+        K,
+        N,
+        TOGETHER,
+        VECTOR,
+        CHUNK,
+        PRED_CONTIGUOUS,
+        PRED_UNIT,
+    )
 
     total = tl.zeros((N,), ACC)
     gradients = ()
@@ -247,21 +311,20 @@ def held_rows(
                     g = tl.where(w == 0.0, 0.0, g)  # a NaN beside rows that count
                 gradients = gradients + (g.to(grad[0].dtype.element_ty),)
     if grad[0] is not None:
-        if VECTOR > 1:
-            at = (grad[0] + start * (grad[1] * GRAD_UNIT))[:, None]
-            for c in tl.static_range(TOGETHER * K // CHUNK):
-                t = join_vector(gradients, c * CHUNK, 1, N, CHUNK)
-                tl.store(at + (c * CHUNK + tl.arange(0, CHUNK)[None, :]), t, mask=inside[:, None])
-            for v in tl.static_range(TOGETHER * K // CHUNK * CHUNK, TOGETHER * K, VECTOR):
-                t = join_vector(gradients, v, 1, N, VECTOR)
-                tl.store(at + (v + tl.arange(0, VECTOR)[None, :]), t, mask=inside[:, None])
-        else:
-            for k in tl.static_range(K):
-                bin_ = tl.full((), k, tl.int64)
-                at = matrix_offsets(
-                    0, start, bin_, grad[1], grad_column, GRAD_CONTIGUOUS, GRAD_UNIT
-                )
-                tl.store(grad[0] + at, gradients[k], mask=inside)
+        store_bins(
+            gradients,
+            grad,
+            grad_column,
+            start,
+            inside,
+            K,
+            N,
+            TOGETHER,
+            VECTOR,
+            CHUNK,
+            GRAD_CONTIGUOUS,
+            GRAD_UNIT,
+        )
     return tl.sum(tl.where(inside, total, 0.0)).to(tl.float64)
 
 
@@ -535,6 +598,8 @@ def distribution_kernel(
 
 # Registers that a thread may spend on the logits of its rows.
 HELD = 72
+# Of a tile of rows that are more than that.
+WIDE_ELEMENTS = 2048
 
 
 class Config(NamedTuple):
@@ -556,7 +621,7 @@ def config(bins: int, itemsize: int, contiguous: int, packed_rows: bool, unit: i
     widest = 16 // itemsize
     if bins > HELD:
         padded = triton.next_power_of_2(bins)
-        return Config(max(1, 2048 // padded), 1, padded, padded, True, 4)
+        return Config(max(1, WIDE_ELEMENTS // padded), 1, padded, padded, True, 4)
     threads = INTERPRETED_ELEMENTS // 64 if INTERPRETED else 32
     rows = max(1, min(widest, 1 << (HELD // bins).bit_length() - 1))  # of a thread
     # Interpreted, every vector in a thread's registers would be an operation of its own.
@@ -682,20 +747,20 @@ _NO_TARGET = (None, None, None, None, None, 1.0, NONE)
 
 
 def integral_forward(pred: Tensor, bins: Tensor | None) -> Tensor:
-    """gfl_kernels::integral_forward: the expectation of each row."""
+    """gfl_kernels::integral_forward over all bins: the expectation of each row."""
     value, _ = outputs(pred, NONE, False)
     if pred.numel():
-        _launch(pred, *_NO_TARGET, values=_packed_bins(bins), loss=value)
+        _launch(pred, *_NO_TARGET, values=packed_bins(bins), loss=value)
     return value
 
 
 def integral_backward(upstream: Tensor, pred: Tensor, bins: Tensor | None) -> Tensor:
-    """gfl_kernels::integral_backward: pred's gradient."""
+    """gfl_kernels::integral_backward over all bins: pred's gradient."""
     grad = torch.empty_like(pred)
     if pred.numel():
-        _launch(pred, *_NO_TARGET, values=_packed_bins(bins), upstream=upstream, grad=grad)
+        _launch(pred, *_NO_TARGET, values=packed_bins(bins), upstream=upstream, grad=grad)
     return grad
 
 
-def _packed_bins(bins: Tensor | None) -> Tensor | None:
+def packed_bins(bins: Tensor | None) -> Tensor | None:
     return bins if bins is None else bins.contiguous()

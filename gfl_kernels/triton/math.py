@@ -385,10 +385,17 @@ def entropy_term(p, s):
 
 
 @triton.jit
+def square_root_grad(root):
+    """d sqrt(v) / dv = 1 / (2 sqrt(v)), 0 at v = 0, out of root = sqrt(v)."""
+    zero = root == 0.0
+    return tl.where(zero, 0.0, 0.5 / tl.where(zero, 1.0, root))
+
+
+@triton.jit
 def moments_grad(p, y, s, mean, variance, mean_s, by_mean, by_variance, by_entropy):
     """dL/dz_k = p_k (g_E (y_k - E) + g_V ((y_k - E)^2 - V) - g_H (s_k - sum_j p_j s_j)), out of
     E = sum_k p_k y_k, V = sum_k p_k (y_k - E)^2, sum_k p_k s_k, and the upstream gradients of E, of
-    sqrt(V) divided by 2 sqrt(V), and of H.
+    V (out of that of sqrt(V)) and of H.
     """
     away = y - mean
     by_p = by_mean * away + by_variance * (away * away - variance)

@@ -100,6 +100,9 @@ typedef struct {
 GFL_API int gfl_distribution_cpu(const gfl_distribution_args* args);
 GFL_API int gfl_distribution_cuda(const gfl_distribution_args* args, void* workspace, void* stream);
 
+/* What an Integral is over: all bins, or those at most `window` from the highest one. */
+typedef enum { GFL_INTEGRAL_MEAN = 0, GFL_INTEGRAL_PEAK = 1 } gfl_integral_mode;
+
 /* Integral: E = sum_k y_k softmax(z)_k, y = 0, 1, ... without bins. */
 typedef struct {
   const gfl_view* pred;     /* [..., K] */
@@ -107,10 +110,38 @@ typedef struct {
   const gfl_view* grad_out; /* [...] upstream gradient, needed with grad */
   const gfl_view* out;      /* [...] optional; float32, float64 for float64 */
   const gfl_view* grad;     /* [..., K] optional */
+  int32_t mode;             /* a gfl_integral_mode */
+  int32_t window;           /* of GFL_INTEGRAL_PEAK, >= 0 */
 } gfl_integral_args;
 
 GFL_API int gfl_integral_cpu(const gfl_integral_args* args);
 GFL_API int gfl_integral_cuda(const gfl_integral_args* args, void* stream);
+
+/* Statistics: the topk highest of softmax(z) in descending order, and with add_mean their mean. */
+typedef struct {
+  const gfl_view* pred;     /* [..., K] */
+  const gfl_view* grad_out; /* [..., topk (+ 1)] upstream gradient, needed with grad */
+  const gfl_view* out;      /* [..., topk (+ 1)] optional; float32, float64 for float64 */
+  const gfl_view* grad;     /* [..., K] optional */
+  int32_t topk;             /* 1 to K */
+  int32_t add_mean;         /* 0 or 1 */
+} gfl_statistics_args;
+
+GFL_API int gfl_statistics_cpu(const gfl_statistics_args* args);
+GFL_API int gfl_statistics_cuda(const gfl_statistics_args* args, void* stream);
+
+/* Moments: E = sum_k y_k p_k, sqrt(sum_k p_k (y_k - E)^2) and the entropy -sum_k p_k log p_k, with
+ * p = softmax(z) and y = 0, 1, ... without bins. */
+typedef struct {
+  const gfl_view* pred;     /* [..., K] */
+  const gfl_view* bins;     /* [K] optional */
+  const gfl_view* grad_out; /* [..., 3] upstream gradient, needed with grad */
+  const gfl_view* out;      /* [..., 3] optional; float32, float64 for float64 */
+  const gfl_view* grad;     /* [..., K] optional */
+} gfl_moments_args;
+
+GFL_API int gfl_moments_cpu(const gfl_moments_args* args);
+GFL_API int gfl_moments_cuda(const gfl_moments_args* args, void* stream);
 
 /* The box loss: -log IoU, GIoU, DIoU, CIoU, CIoU at every IoU. */
 typedef enum { GFL_IOU, GFL_GIOU, GFL_DIOU, GFL_CIOU, GFL_CIOU_ALL } gfl_iou;
