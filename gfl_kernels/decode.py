@@ -12,6 +12,7 @@ from torch import Tensor
 from . import dispatch, reference
 from .functional import (
     _bin_values,
+    _check_int,
     _check_number,
     _check_tensor,
     _last,
@@ -101,8 +102,9 @@ def decode_boxes(
     bins = _bin_values(name, bins, channels // 4, pred)
     if mode not in ("mean", "peak"):
         raise ValueError(f"{name}: mode must be mean or peak, got {mode!r}")
-    if not isinstance(window, int) or window < 0:
-        raise ValueError(f"{name}: window must be an int >= 0, got {window!r}")
+    _check_int(name, "window", window)
+    if window < 0:
+        raise ValueError(f"{name}: window must be >= 0, got {window}")
     scored = cls_logits is not None
     if scored:
         _check_channels(name, "cls_logits", cls_logits, channel_dim, "C")

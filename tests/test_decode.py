@@ -363,7 +363,7 @@ def test_errors():
         (ValueError, r"pred must have shape \[B, 4 K, A\]", {"channel_dim": 1}),
         (ValueError, r"4 \(reg_max \+ 1\) = 32 channels, got 68", {"reg_max": 7}),
         (ValueError, "mode must be mean or peak, got 'median'", {"mode": "median"}),
-        (ValueError, "window must be an int >= 0, got -1", {"mode": "peak", "window": -1}),
+        (ValueError, "window must be >= 0, got -1", {"mode": "peak", "window": -1}),
         (ValueError, r"bins must have \(K,\) \(17,\), got \(16,\)", {"bins": torch.zeros(16)}),
         (ValueError, "do not match pred's 17", {"bins": (0, 17, 1)}),
         (TypeError, "bins must be a Tensor or .lower, upper, step., got tuple", {"bins": (0, 17)}),
