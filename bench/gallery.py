@@ -3,9 +3,11 @@
     python -m bench.gallery            # trains the digits detector for a minute or two first
     python -m bench.gallery --quick    # a few steps, to see that everything runs
 
-The detector of bench/digits is trained with gfl_kernels' losses and run on held-out scenes. Shown
-are found digits with a side that has two modes, the farther apart mean and peak the better, below
-one whose sides are sure. Writes gallery.png to bench/out/.
+The detector of bench/digits is trained with gfl_kernels' losses on scenes in which some digits are
+underlined, and an annotator who cannot decide has counted the line to the digit in 40 % of the
+boxes. Nothing in the image tells which: the lower side of such a digit has two places, and its
+distribution learns two modes. Shown are two of them on held-out scenes below a digit whose sides
+are sure. Writes gallery.png to bench/out/.
 """
 
 from __future__ import annotations
@@ -24,19 +26,53 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from bench.digits import boxes as box_ops
+from bench.digits.assign import assign_all
 from bench.digits.detector import STRIDES, Detector
 from bench.digits.pictures import OURS, PLAIN, SHOWN_SCORE, SIDES, TRUTH, rectangle, save
-from bench.digits.scenes import IMAGE_SIZE, Scenes, make_scenes
-from bench.digits.train import Run
+from bench.digits.scenes import IMAGE_SIZE, NUM_CLASSES, Scenes, make_scenes
+from bench.digits.train import Plan, Run
 from bench.train_digits import OURS as OUR_LOSSES
-from bench.train_digits import QUICK, THREADS, Size, make_plan, progress_bar
+from bench.train_digits import QUICK, THREADS, Size, progress_bar
 from gfl_kernels import decode_boxes
 
-FULL = Size(steps=250, batch_size=16, scenes=800, held_out=120)
+FULL = Size(steps=240, batch_size=16, scenes=800, held_out=80)
+UNDERLINED = 0.6  # of the digits that have room for it
+COUNTED = 0.4  # of the underlined ones
 PEAK, SPREAD = "#7b2d8b", "#f4b183"
 WINDOW = 1  # bins on either side of the highest
 NMS_IOU = 0.6
 AMBIGUOUS = 2  # of them are shown, below a sure one
+
+
+@dataclass
+class Underlined:
+    """Scenes with the boxes an annotator gave, and how far down each line is; 0 without one."""
+
+    scenes: Scenes
+    lines: list[Tensor]  # per scene [n]
+
+
+def underline(scenes: Scenes, seed: int) -> Underlined:
+    """Draws the lines, and counts them to the digit at random."""
+    random = torch.Generator().manual_seed(seed)
+    images, boxes, lines = scenes.images.clone(), [], []
+    for image, tight in zip(images[:, 0], scenes.boxes, strict=True):
+        given, down = tight.clone(), torch.zeros(len(tight))
+        for i, (x1, y1, x2, y2) in enumerate(tight.round().int().tolist()):
+            line = y2 + max(6, round(0.55 * (y2 - y1)))
+            with_line = torch.tensor([x1, y1, x2, line + 2.0])
+            others = torch.arange(len(tight)) != i
+            free = bool((box_ops.overlap(with_line, tight[others]) == 0).all())
+            wanted, counted = torch.rand(2, generator=random).tolist()
+            if line + 2 > IMAGE_SIZE or not free or wanted > UNDERLINED:
+                continue
+            image[line : line + 2, x1:x2] = image[y1:y2, x1:x2].max()
+            down[i] = line + 2
+            if counted < COUNTED:
+                given[i, 3] = line + 2
+        boxes.append(given)
+        lines.append(down)
+    return Underlined(Scenes(images, boxes, scenes.labels), lines)
 
 
 @dataclass
@@ -46,7 +82,8 @@ class Found:
     image: Tensor  # [S, S]
     label: int
     score: float
-    true_box: Tensor  # [4]
+    tight_box: Tensor  # [4] of the digit itself
+    line: float  # the lower end of its line; 0 without one
     point: Tensor  # [2]
     stride: float
     sides: Tensor  # [4, K] distributions
@@ -65,8 +102,8 @@ class Found:
 
 
 @torch.no_grad()
-def find(model: Detector, scenes: Scenes) -> list[Found]:
-    """Detections of the right class that are on their digit."""
+def find(model: Detector, scenes: Scenes, lines: list[Tensor]) -> list[Found]:
+    """Detections of the right class that are on their digit. scenes: with tight boxes."""
     model.eval()
     cls_scores, bbox_preds = model(scenes.images)
     cls, pred = (torch.cat([x.flatten(2) for x in maps], 2) for maps in (cls_scores, bbox_preds))
@@ -83,14 +120,15 @@ def find(model: Detector, scenes: Scenes) -> list[Found]:
         kept = batched_nms(out.boxes[i, sure], out.scores[i, sure], out.labels[i, sure], NMS_IOU)
         for anchor in sure[kept].tolist():
             overlap, best = box_ops.iou(out.boxes[i, anchor], scenes.boxes[i]).max(dim=0)
-            if overlap < 0.5 or scenes.labels[i][best] != out.labels[i, anchor]:
+            if overlap < 0.35 or scenes.labels[i][best] != out.labels[i, anchor]:
                 continue
             found.append(
                 Found(
                     image=scenes.images[i, 0],
                     label=int(out.labels[i, anchor]),
                     score=float(out.scores[i, anchor]),
-                    true_box=scenes.boxes[i][best],
+                    tight_box=scenes.boxes[i][best],
+                    line=float(lines[i][best]),
                     point=points[anchor],
                     stride=float(strides[anchor]),
                     sides=pred[i, :, anchor].view(4, -1).softmax(dim=-1),
@@ -103,13 +141,11 @@ def find(model: Detector, scenes: Scenes) -> list[Found]:
 
 
 def choose(found: list[Found]) -> list[Found]:
-    """The surest one of middling size, then those whose mean and peak differ most."""
-    if not found:
-        return []
-    by_gap = sorted(found, key=lambda f: -float(f.apart().max()))[:AMBIGUOUS]
-    others = [f for f in found if all(f is not g for g in by_gap)]
-    sure = sorted(others, key=lambda f: float((f.deviation / f.stride).max()))[:1]
-    return sure + by_gap
+    """The surest one without a line, then the surest of those whose lower side is least sure."""
+    plain = sorted((f for f in found if not f.line), key=lambda f: -f.score)[:1]
+    lined = [f for f in found if f.line and f.mean[3] < IMAGE_SIZE]
+    lined.sort(key=lambda f: -float(f.apart()[3]))
+    return plain + sorted(lined[: 4 * AMBIGUOUS], key=lambda f: -f.score)[:AMBIGUOUS]
 
 
 def draw(path: Path, examples: list[Found]) -> Path:
@@ -120,13 +156,11 @@ def draw(path: Path, examples: list[Found]) -> Path:
     )  # fmt: skip
     for axes, example in zip(grid, examples, strict=True):
         _image(axes[0], example)
-        ambiguous = int(example.apart().argmax())
         for side, panel in enumerate(axes[1:]):
-            wide = float(example.apart()[side]) >= 1
-            _side(panel, example, side, strong=wide and side == ambiguous)
+            _side(panel, example, side, ambiguous=side == 3 and example.line > 0)
         axes[1].set_ylabel("probability")
     handles = [
-        Patch(color=TRUTH, label="true side"),
+        Patch(color=TRUTH, label="true side (dotted: with the line)"),
         Patch(color=OURS, label='mode="mean"'),
         Patch(color=PEAK, label=f'mode="peak", window={WINDOW}'),
         Patch(color=SPREAD, label="mean ± standard deviation (return_uncertainty=True)"),
@@ -134,7 +168,8 @@ def draw(path: Path, examples: list[Found]) -> Path:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=12)
     figure.suptitle(
-        "decode_boxes on held-out digits: where a side has two modes, the mean lies between them",
+        "decode_boxes: does the line belong to the digit? Annotators disagreed, the lower side has two"
+        "\nmodes, the mean lies between them, where no edge is, and the peak at the likelier one",
         fontsize=16,
     )
     return save(figure, path)
@@ -152,11 +187,15 @@ def _image(axes, f: Found) -> None:
         band = rectangle(box, SPREAD, linewidth=0)
         band.set(fill=True, facecolor=SPREAD, alpha=0.3)
         axes.add_patch(band)
-    axes.add_patch(rectangle(f.true_box.tolist(), TRUTH, linewidth=2, linestyle=(0, (3, 2))))
+    if f.line:
+        with_line = [*f.tight_box[:3].tolist(), f.line]
+        axes.add_patch(rectangle(with_line, TRUTH, linewidth=1.6, linestyle=(0, (1, 2))))
+    axes.add_patch(rectangle(f.tight_box.tolist(), TRUTH, linewidth=2, linestyle=(0, (3, 2))))
     axes.add_patch(rectangle(f.peak.tolist(), PEAK, linewidth=2))
     axes.add_patch(rectangle(f.mean.tolist(), OURS, linewidth=2))
     axes.plot(*f.point.tolist(), marker="+", color="#ffd166", markersize=12, mew=2.2)
-    corners = torch.stack([f.true_box, f.mean, f.peak])
+    corners = torch.stack([f.tight_box, f.mean, f.peak])
+    corners[0, 3] = max(float(corners[0, 3]), f.line)
     low, high = corners[:, :2].amin(0), corners[:, 2:].amax(0)
     half = 0.5 * float((high - low).max()) + max(4.0, float(f.deviation.max()) + 1)
     x, y = ((low + high) / 2).tolist()
@@ -167,19 +206,23 @@ def _image(axes, f: Found) -> None:
     axes.set_title(f"digit {f.label}, score {f.score:.2f}", fontsize=13)
 
 
-def _side(panel, f: Found, side: int, strong: bool) -> None:
+def _side(panel, f: Found, side: int, ambiguous: bool) -> None:
     p = f.sides[side].numpy()
     bins = np.arange(len(p))
     mean = float((p * bins).sum())
     peak = float(f.distances(f.peak)[side])
     spread = float(f.deviation[side]) / f.stride
-    true = float(f.distances(f.true_box)[side])
+    true = float(f.distances(f.tight_box)[side])
+    lines = [(true, TRUTH, (0, (3, 2))), (peak, PEAK, "-"), (mean, OURS, "-")]
+    if ambiguous:
+        with_line = (f.line - float(f.point[1])) / f.stride
+        lines.append((with_line, TRUTH, (0, (1, 2))))
     panel.axvspan(mean - spread, mean + spread, color=SPREAD, alpha=0.35, linewidth=0)
     panel.bar(bins, p, color=PLAIN, alpha=0.85, width=0.8)
-    for x, color, style in ((true, TRUTH, (0, (3, 2))), (peak, PEAK, "-"), (mean, OURS, "-")):
+    for x, color, style in lines:
         panel.axvline(x, color=color, linewidth=2.6, linestyle=style)
     last = bins[p > 0.005].max(initial=0)
-    panel.set_xlim(-0.7, max(6, last + 2, true + 1) + 0.7)
+    panel.set_xlim(-0.7, max(6, last + 2, *(x + 1 for x, _, _ in lines)) + 0.7)
     panel.set_ylim(0, max(0.55, 1.35 * float(p.max())))
     panel.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     pixels = (mean * f.stride, spread * f.stride, peak * f.stride, true * f.stride)
@@ -194,15 +237,22 @@ def _side(panel, f: Found, side: int, strong: bool) -> None:
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2},
     )
     panel.set_title(
-        f"{SIDES[side]} side" + (": two modes" if strong else ""),
+        f"{SIDES[side]} side" + (": two modes" if ambiguous else ""),
         fontsize=13,
-        fontweight="bold" if strong else "normal",
-        color=PEAK if strong else "black",
+        fontweight="bold" if ambiguous else "normal",
+        color=PEAK if ambiguous else "black",
     )
-    if strong:
+    if ambiguous:
         panel.set_facecolor("#f7f0fa")
     panel.set_xlabel(f"distance from the anchor, bins of {f.stride:g} px")
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def make_plan(size: Size, seed: int) -> Plan:
+    scenes = underline(make_scenes(size.scenes, seed, held_out=False), seed).scenes
+    anchors = Detector(OUR_LOSSES, IMAGE_SIZE, NUM_CLASSES).head.anchors()
+    targets = assign_all(anchors, scenes, NUM_CLASSES)
+    return Plan(scenes, targets, size.steps, size.batch_size, seed)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -218,7 +268,6 @@ def main(arguments: list[str] | None = None) -> int:
     size = QUICK if options.quick else FULL
     console = Console()
     torch.set_num_threads(THREADS)
-    held_out = make_scenes(size.held_out, options.seed, held_out=True)
     plan = make_plan(size, options.seed)
     run = Run("gfl_kernels", plan, OUR_LOSSES, THREADS)
     with progress_bar(console) as progress:
@@ -226,7 +275,10 @@ def main(arguments: list[str] | None = None) -> int:
         for scene_numbers in plan.order():
             loss = run.step(scene_numbers)
             progress.update(task, advance=1, losses=f"loss {loss:.3f}")
-    examples = choose(find(run.model, held_out))
+    tight = make_scenes(size.held_out, options.seed, held_out=True)
+    held_out = underline(tight, options.seed)
+    scenes = Scenes(held_out.scenes.images, tight.boxes, tight.labels)
+    examples = choose(find(run.model, scenes, held_out.lines))
     if not examples:
         console.print("Nothing was found on the held-out scenes: there is nothing to draw.")
         return 0 if options.quick else 1
