@@ -168,8 +168,8 @@ def draw(path: Path, examples: list[Found]) -> Path:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=12)
     figure.suptitle(
-        "decode_boxes: does the line belong to the digit? Annotators disagreed, the lower side has two"
-        "\nmodes, the mean lies between them, where no edge is, and the peak at the likelier one",
+        "decode_boxes: does the line belong to the digit? Annotators disagreed: the lower side has"
+        " two modes.\nThe mean lies between them, where no edge is, the peak at the likelier one.",
         fontsize=16,
     )
     return save(figure, path)
