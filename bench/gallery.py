@@ -176,7 +176,7 @@ def draw(path: Path, examples: list[Found]) -> Path:
 
 
 def _image(axes, f: Found) -> None:
-    axes.imshow(f.image, cmap="gray", extent=(0, IMAGE_SIZE, IMAGE_SIZE, 0))
+    axes.imshow(f.image.numpy(), cmap="gray", extent=(0, IMAGE_SIZE, IMAGE_SIZE, 0))
     x1, y1, x2, y2 = f.mean.tolist()
     for side, (low, high) in enumerate(((x1, x1), (y1, y1), (x2, x2), (y2, y2))):
         around = float(f.deviation[side])
