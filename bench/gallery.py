@@ -141,11 +141,10 @@ def find(model: Detector, scenes: Scenes, lines: list[Tensor]) -> list[Found]:
 
 
 def choose(found: list[Found]) -> list[Found]:
-    """The surest one without a line, then the surest of those whose lower side is least sure."""
+    """The surest one without a line, then those whose mean and peak differ most below."""
     plain = sorted((f for f in found if not f.line), key=lambda f: -f.score)[:1]
     lined = [f for f in found if f.line and f.mean[3] < IMAGE_SIZE]
-    lined.sort(key=lambda f: -float(f.apart()[3]))
-    return plain + sorted(lined[: 4 * AMBIGUOUS], key=lambda f: -f.score)[:AMBIGUOUS]
+    return plain + sorted(lined, key=lambda f: -float(f.apart()[3]))[:AMBIGUOUS]
 
 
 def draw(path: Path, examples: list[Found]) -> Path:
@@ -223,7 +222,7 @@ def _side(panel, f: Found, side: int, ambiguous: bool) -> None:
         panel.axvline(x, color=color, linewidth=2.6, linestyle=style)
     last = bins[p > 0.005].max(initial=0)
     panel.set_xlim(-0.7, max(6, last + 2, *(x + 1 for x, _, _ in lines)) + 0.7)
-    panel.set_ylim(0, max(0.55, 1.35 * float(p.max())))
+    panel.set_ylim(0, max(0.6, 1.5 * float(p.max())))
     panel.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     pixels = (mean * f.stride, spread * f.stride, peak * f.stride, true * f.stride)
     panel.text(
