@@ -327,6 +327,7 @@ def test_the_gallery_shows_sides_whose_mean_and_peak_differ(tmp_path):
     sure, lined = _found(0.0, {3: 4.0}), _found(98.0, {2: 4.0, 6: 3.6})
     torch.testing.assert_close(sure.apart(), torch.zeros(4), rtol=0, atol=0.1)
     assert lined.apart()[3] > 1 and lined.apart()[:3].max() < 0.1
+    assert 0.3 < lined.second_mode(3) < 0.45 and sure.second_mode(3) < 1e-3
     chosen = gallery.choose([lined, sure, _found(98.0, {2: 4.0, 3: 3.6}), lined])
     assert chosen[0] is sure and len(chosen) == 1 + gallery.AMBIGUOUS
     picture = gallery.draw(tmp_path / "gallery.png", [lined])
