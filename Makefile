@@ -17,7 +17,7 @@ NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt gfl_kernels/_version.py
   $(wildcard cmake/*) $(wildcard python/*) $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc python tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help venv demo test test-triton test-asan check-isa bench bench-quick roofline lint format wheel sdist ci clean
+.PHONY: help venv demo gallery test test-triton test-asan check-isa bench bench-quick roofline lint format wheel sdist ci clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ venv: $(VENV)/.package ## Create .venv with everything development needs
 
 demo: $(VENV)/.package ## Train a detector on scanned digits with plain and with fused losses
 	$(PY) -m bench.train_digits $(DEMO_ARGS)
+
+gallery: $(VENV)/.package ## Draw distributions of box sides, their mean, peak, spread and the decoded boxes
+	$(PY) -m bench.gallery $(GALLERY_ARGS)
 
 # The second run is the suite on interpreted Triton kernels. 5: PYTEST_ARGS leave none of it.
 test: $(VENV)/.package ## All tests (PYTEST_ARGS, JOBS)

@@ -45,6 +45,21 @@ def _loss(targets: Callable[[int, int, int], int]) -> Work:
     )
 
 
+def _decode(classes: int) -> Work:
+    """Of sides, four to an anchor with a point of 8 bytes and a box of 16, a score and a label."""
+
+    def forward(n, c, b, t):
+        return n * c * b + 6 * n + (n // 4 * (classes * b + 12) if classes else 0)
+
+    return Work(
+        targets=lambda n, c, b: 0,
+        forward=forward,
+        # The distributions a second time, and their gradient; only plain operations have one.
+        backward=lambda n, c, b, t: 2 * n * c * b + 4 * n,
+        step=lambda n, c, b, t: forward(n, c, b, t) + 2 * n * c * b + 4 * n,
+    )
+
+
 def _summary(values: int) -> Work:
     """values: of float32, for each distribution."""
     return Work(
@@ -73,6 +88,9 @@ WORK = {
     ("peak", ""): _summary(1),
     ("statistics", ""): _summary(5),  # four probabilities and their mean
     ("moments", ""): _summary(3),
+    ("ld", ""): _loss(lambda n, c, b: c * b),  # the teacher's logits
+    ("decode", ""): _decode(0),
+    ("decode", "scored"): _decode(80),
 }
 
 
@@ -118,7 +136,7 @@ class Case:
     def bytes(self, which: str) -> int:
         """Bytes the pass has to move at least."""
         work = WORK[self.op, self.form]
-        weighted = self.weighted and self.op not in SUMMARIES
+        weighted = self.weighted and self.op not in (*SUMMARIES, "decode")
         return work.bytes(which, self.rows, self.width, ITEM_BYTES[self.dtype], weighted)
 
 
@@ -140,6 +158,10 @@ MOMENTS = Case("moments", "", (SIDES, 17), passes=PASSES)
 VFL = Case("vfl", "dense", (COCO, 80), note="VFNet, PicoDet", weighted=False, quick=True)
 FOCAL = Case("focal", "dense", (COCO, 80), note="torchvision", weighted=False, quick=True)
 MAL = Case("mal", "sparse", (COCO, 80), note="DEIM", weighted=False, quick=True)
+DECODE = Case("decode", "", (SIDES, 17), note="boxes, clipped", passes=(FORWARD,))
+DECODE_SCORED = Case(
+    "decode", "scored", (SIDES, 17), note="and the best of 80 classes", passes=(FORWARD,)
+)
 TINY = Case("qfl", "sparse", (64, 80), note="one call", weighted=False, passes=PASSES, quick=True)
 
 CASES = (
@@ -178,6 +200,10 @@ CASES = (
     PEAK,
     STATISTICS,
     MOMENTS,
+    Case("ld", "", (SIDES, 17), passes=PASSES),
+    DECODE,
+    DECODE_SCORED,
+    Case("decode", "scored", (SIDES, 17), "bfloat16", passes=(FORWARD,)),
 )
 
 # Instruction sets are compared on these, denormals on the QFL ones, forward + backward.

@@ -29,6 +29,8 @@ FAMILIES = {
     "peak": "Integral over the peak",
     "statistics": "Statistics",
     "moments": "Moments",
+    "ld": "Localization distillation",
+    "decode": "Decoding of boxes",
 }
 DOTS = (0, (1.2, 1.0))
 LINE, HEADER, TITLE, TICKS = 0.36, 0.8, 0.42, 0.5  # inches: a case, the head, a panel's title

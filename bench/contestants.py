@@ -24,7 +24,7 @@ OURS = "ours"
 COMPILE = "compile: "  # prefix of every torch.compile form
 # --quick leaves these forms out to stay under two minutes; the full run times every form.
 NOT_QUICK = {
-    **{op: [] for op in SUMMARIES},
+    **{op: [] for op in (*SUMMARIES, "ld", "decode")},
     "qfl": ["as is"],
     "vfl": ["as is"],
     "focal": ["as is"],
@@ -32,6 +32,8 @@ NOT_QUICK = {
     "dfl": ["one log-softmax"],
 }
 SEED = 20201
+STRIDE = 8.0  # of what is decoded, clipped to IMAGE (height, width)
+IMAGE = (800.0, 1344.0)
 POSITIVES = 0.01  # share of anchors with an object, as ATSS assigns them on COCO
 
 # The rest of the quality family, op and form -> (losses per element as hosts write them, ours). The
@@ -64,7 +66,12 @@ def make_inputs(case: Case, constant: float | None = None) -> Inputs:
     random = torch.Generator().manual_seed(SEED)
     dtype = getattr(torch, case.dtype)
     n, c = case.rows, case.width
-    maker = {"dfl": _distribution_inputs, **dict.fromkeys(SUMMARIES, _summary_inputs)}
+    maker = {
+        "dfl": _distribution_inputs,
+        "ld": _distillation_inputs,
+        "decode": _decode_inputs,
+        **dict.fromkeys(SUMMARIES, _summary_inputs),
+    }
     inputs = maker.get(case.op, _quality_inputs)(case, n, c, dtype, random)
     if constant is not None:
         logits = torch.full_like(inputs.logits, constant, requires_grad=False)
@@ -116,6 +123,22 @@ def _summary_inputs(case: Case, n: int, k: int, dtype, random) -> Inputs:
     return Inputs(logits, None, None, None, upstream)
 
 
+def _distillation_inputs(case: Case, n: int, k: int, dtype, random) -> Inputs:
+    inputs = _distribution_inputs(case, n, k, dtype, random)
+    inputs.target = (torch.randn(n, k, generator=random) * 2).to(dtype)
+    return inputs
+
+
+def _decode_inputs(case: Case, n: int, k: int, dtype, random) -> Inputs:
+    """target: points [A, 2], and class logits [A, 80] if scored."""
+    logits = (torch.randn(n // 4, 4 * k, generator=random) * 2).to(dtype)
+    points = torch.rand(n // 4, 2, generator=random) * torch.tensor(IMAGE[::-1])
+    if case.form != "scored":
+        return Inputs(logits, (points,), None, None, torch.randn(n // 4, 4, generator=random))
+    cls = (torch.randn(n // 4, 80, generator=random) * 2 - 3).to(dtype)
+    return Inputs(logits, (points, cls), None, None, torch.randn(n // 4, 5, generator=random))
+
+
 def truth(case: Case, inputs: Inputs, chunk: int = 1 << 13) -> tuple[Tensor, Tensor]:
     """(result, gradient) in float64, a chunk of rows at a time so that memory stays small."""
     results, gradients = [], []
@@ -142,8 +165,13 @@ def terms(case: Case, inputs: Inputs) -> Tensor:
     if case.op in SUMMARIES:
         size = inputs.upstream.double().abs().view(*inputs.upstream.shape[:2], -1).sum(-1)
         return size.repeat_interleave(case.width, 1) * (case.width - 1)
+    if case.op == "decode":
+        upstream = inputs.upstream.double()[:, :4].abs() * STRIDE
+        return upstream.repeat_interleave(case.width, 1) * (case.width - 1)
     target, divisor = inputs.target, _divisor(case, inputs)
-    if case.op == "dfl":
+    if case.op == "ld":
+        size = torch.full((case.rows,), 10.0 / case.width)  # T^2 / T, the mean over bins
+    elif case.op == "dfl":
         size = torch.ones_like(target)
     elif isinstance(target, tuple):
         size = (target[1] > 0).float()
@@ -169,8 +197,19 @@ def _truth_rows(case: Case, inputs: Inputs, part: slice, x: Tensor) -> Tensor:
             "statistics": lambda: reference.distribution_statistics(sides),
             "moments": lambda: torch.stack(reference.distribution_moments(sides), dim=-1),
         }[case.op]()
+    if case.op == "decode":
+        points, *cls = (t[part].double() for t in inputs.target)
+        size = list(IMAGE)
+        boxes, scores, _, _ = reference.decode_boxes(
+            x, points, None, None, cls[0] if cls else None, None, STRIDE, size, -1, False
+        )
+        return boxes if scores is None else torch.cat([boxes, scores[:, None]], dim=1)
     divisor = _divisor(case, inputs)
     weight = None if inputs.weight is None else inputs.weight[part].double()
+    if case.op == "ld":
+        taught = inputs.target[part].double()
+        total = reference.localization_distillation_loss(x, taught, weight=weight, reduction="sum")
+        return total / divisor
     if case.op == "dfl":
         target = inputs.target[part].double()
         return (
@@ -245,6 +284,23 @@ def summed_integral(x, reg_max):
     return (x * torch.arange(reg_max + 1, device=x.device, dtype=torch.float32)).sum(2)
 
 
+def decode_as_mmdetection(x, points, cls=None):
+    """GFLHead's prediction; the highest class score as the fifth number of a box."""
+    distances = eager.Integral(x.shape[1] // 4 - 1)(x) * STRIDE
+    boxes = eager.distance2bbox(points, distances, IMAGE)
+    if cls is None:
+        return boxes
+    scores, _ = cls.sigmoid().max(dim=1)
+    return torch.cat([boxes, scores[:, None]], dim=1)
+
+
+def decode_fused(x, points, cls=None):
+    out = gfl_kernels.decode_boxes(points, x, strides=STRIDE, max_shape=IMAGE, cls_logits=cls)
+    if cls is None:
+        return out
+    return torch.cat([out.boxes, out.scores[:, None]], dim=1)
+
+
 def contestants(case: Case, inputs: Inputs, compiled: bool = True) -> dict[str, Callable]:
     """name -> function of the logits; the compiled forms are compiled at their first call."""
     eager_form, best_forms, ours = forms(case, inputs)
@@ -280,6 +336,22 @@ def forms(case: Case, inputs: Inputs) -> tuple[Callable, dict[str, Callable], Ca
             "moments": lambda sides: torch.stack(gfl_kernels.distribution_moments(sides), dim=-1),
         }[case.op]
         return upstream_form, {}, lambda x: fused(x.view(len(x), 4, case.width))
+    if case.op == "decode":
+        return (
+            lambda x: decode_as_mmdetection(x, *target),
+            {},
+            lambda x: decode_fused(x, *target),
+        )
+    if case.op == "ld":
+        return (
+            lambda x: eager.knowledge_distillation_kl_div_loss(
+                x, target, weight, avg_factor=avg_factor
+            ),
+            {},
+            lambda x: gfl_kernels.localization_distillation_loss(
+                x, target, weight=weight, avg_factor=avg_factor
+            ),
+        )
     if case.op == "dfl":
         return (
             lambda x: eager.distribution_focal_loss(x, target, weight, avg_factor=avg_factor),

@@ -4,20 +4,22 @@ The formulas are those of gfl_kernels.reference; the sequence of tensor operatio
 operation for operation. Nothing here may be tidied into being faster: what gfl_kernels is compared
 with is what people run today.
 
-| here                             | mirrors, under mmdet/models/                             |
-|----------------------------------|----------------------------------------------------------|
-| weight_reduce_loss               | losses/utils.py weight_reduce_loss                       |
-| quality_focal_loss               | losses/gfocal_loss.py quality_focal_loss                 |
-| quality_focal_loss_tensor_target | losses/gfocal_loss.py quality_focal_loss_tensor_target   |
-| quality_focal_loss_with_prob     | losses/gfocal_loss.py quality_focal_loss_with_prob       |
-| varifocal_loss                   | losses/varifocal_loss.py varifocal_loss                  |
-| distribution_focal_loss          | losses/gfocal_loss.py distribution_focal_loss            |
-| QualityFocalLoss                 | losses/gfocal_loss.py QualityFocalLoss                   |
-| DistributionFocalLoss            | losses/gfocal_loss.py DistributionFocalLoss              |
-| Integral                         | dense_heads/gfl_head.py Integral                         |
-| bbox_overlaps                    | mmdet/structures/bbox/bbox_overlaps.py, is_aligned=True  |
-| GIoULoss                         | losses/iou_loss.py GIoULoss                              |
-| Head.forward, .head_loss_single  | dense_heads/gfl_head.py loss_by_feat, loss_by_feat_single |
+| here                               | mirrors, under mmdet/models/                             |
+|------------------------------------|----------------------------------------------------------|
+| weight_reduce_loss                 | losses/utils.py weight_reduce_loss                       |
+| quality_focal_loss                 | losses/gfocal_loss.py quality_focal_loss                 |
+| quality_focal_loss_tensor_target   | losses/gfocal_loss.py quality_focal_loss_tensor_target   |
+| quality_focal_loss_with_prob       | losses/gfocal_loss.py quality_focal_loss_with_prob       |
+| varifocal_loss                     | losses/varifocal_loss.py varifocal_loss                  |
+| distribution_focal_loss            | losses/gfocal_loss.py distribution_focal_loss            |
+| QualityFocalLoss                   | losses/gfocal_loss.py QualityFocalLoss                   |
+| DistributionFocalLoss              | losses/gfocal_loss.py DistributionFocalLoss              |
+| Integral                           | dense_heads/gfl_head.py Integral                         |
+| bbox_overlaps                      | mmdet/structures/bbox/bbox_overlaps.py, is_aligned=True  |
+| knowledge_distillation_kl_div_loss | losses/kd_loss.py                                        |
+| distance2bbox                      | mmdet/structures/bbox/transforms.py distance2bbox        |
+| GIoULoss                           | losses/iou_loss.py GIoULoss                              |
+| Head.forward, .head_loss_single    | dense_heads/gfl_head.py loss_by_feat, loss_by_feat_single |
 
 Not from mmdetection: sigmoid_focal_loss is torchvision 0.29.1's, detached_varifocal_loss D-FINE's
 loss_labels_vfl, matchability_aware_loss DEIM's loss_labels_mal, both after matching.
@@ -235,6 +237,29 @@ class Integral(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.softmax(x.reshape(-1, self.reg_max + 1), dim=1)
         return F.linear(x, self.project.type_as(x)).reshape(-1, 4)
+
+
+def knowledge_distillation_kl_div_loss(
+    pred: Tensor, soft_label: Tensor, weight=None, *, T=10, reduction="mean", avg_factor=None
+) -> Tensor:
+    """Localization distillation of rows of bins; soft_label: the teacher's logits."""
+    target = F.softmax(soft_label / T, dim=1)
+    target = target.detach()
+    kd_loss = F.kl_div(F.log_softmax(pred / T, dim=1), target, reduction="none").mean(1) * (T * T)
+    return weight_reduce_loss(kd_loss, weight, reduction, avg_factor)
+
+
+def distance2bbox(points: Tensor, distance: Tensor, max_shape=None) -> Tensor:
+    """Boxes [N, 4] from points [N, 2] and distances left, top, right, bottom, clipped."""
+    x1 = points[..., 0] - distance[..., 0]
+    y1 = points[..., 1] - distance[..., 1]
+    x2 = points[..., 0] + distance[..., 2]
+    y2 = points[..., 1] + distance[..., 3]
+    bboxes = torch.stack([x1, y1, x2, y2], -1)
+    if max_shape is not None:
+        bboxes[:, 0::2].clamp_(min=0, max=max_shape[1])
+        bboxes[:, 1::2].clamp_(min=0, max=max_shape[0])
+    return bboxes
 
 
 def distribution_statistics(x: Tensor, reg_max=16, topk=4) -> Tensor:

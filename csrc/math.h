@@ -615,6 +615,25 @@ GFL_HD T moments_grad(T p, T y, T s, const Moments<T>& m) {
          m.by_entropy * entropy_term(p, s - m.mean_s);
 }
 
+// Distillation: with a = (z - max z) / T of student and teacher, p = softmax(a), the teacher's a
+// constant,  KL(p_t || p_s) = sum_k p_t,k (a_t,k - a_s,k) + log sum_k exp(a_s,k) - log sum_k
+// exp(a_t,k).  A bin of p_t = 0 has no part in it.
+template <typename T>
+GFL_HD T distillation_term(T p_teacher, T gap) {
+  using S = scalar_t<T>;
+  return select(p_teacher == S(0), p_teacher, p_teacher * gap);
+}
+template <typename T>
+GFL_HD T distillation_loss(T sum_of_terms, T log_sum, T log_sum_teacher) {
+  return sum_of_terms + (log_sum - log_sum_teacher);
+}
+
+// T dKL/dz_k = p_s,k - p_t,k.
+template <typename T>
+GFL_HD T distillation_grad(T p, T p_teacher) {
+  return p - p_teacher;
+}
+
 // Box term. Boxes are x1, y1, x2, y2 in units of the stride; sides 0 to 3 are left, top, right and
 // bottom. A point's coordinate is x for left and right, y for the others.
 
@@ -622,6 +641,19 @@ GFL_HD T moments_grad(T p, T y, T s, const Moments<T>& m) {
 template <typename T>
 GFL_HD T decode_side(int side, T point, T distance) {
   return side < 2 ? point - distance : point + distance;
+}
+
+// x clamped into [0, limit], the image. NaN stays NaN.
+template <typename T>
+GFL_HD T clip_coordinate(T x, T limit) {
+  using S = scalar_t<T>;
+  return select(x < S(0), broadcast<T>(S(0)), select(x > limit, limit, x));
+}
+
+// Whether x comes before the highest logit so far: it is larger, or the first NaN.
+template <typename T>
+GFL_HD auto surpasses(T x, T high) {
+  return (x > high) | ((x != x) & (high == high));
 }
 
 // The distance of a box's coordinate from a point's, < 0 on its wrong side.

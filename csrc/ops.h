@@ -343,15 +343,18 @@ class Views {
   std::vector<gfl_view> views_;
 };
 
-// A tensor of the losses' dtype.
-Tensor new_losses(const Place& place, const Tensor& pred, std::vector<int64_t> sizes) {
+Tensor new_packed(const Place& place, const std::vector<int64_t>& sizes, int32_t dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) {
     strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
   }
+  return new_tensor(place, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype);
+}
+
+// A tensor of the losses' dtype.
+Tensor new_losses(const Place& place, const Tensor& pred, const std::vector<int64_t>& sizes) {
   const bool wide = pred.scalar_type() == ScalarType::Double;
-  return new_tensor(place, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                    wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  return new_packed(place, sizes, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
 }
 
 // The tensors of a head and what the three ops share of their arguments; lives as long as a call.
@@ -519,6 +522,77 @@ std::vector<Tensor> head_backward(
   return grads;
 }
 
+template <typename Device>
+std::tuple<Tensor, Tensor> distillation_forward(Tensor pred, Tensor teacher,
+                                                std::optional<Tensor> weight,
+                                                std::optional<Tensor> avg_factor,
+                                                double temperature, double scale, int64_t reduction,
+                                                bool write_grad) {
+  const Device device(pred);
+  Tensor loss = new_loss(device.place(), pred, reduction == kNone);
+  Tensor grad = new_gradient(device.place(), pred, write_grad);
+  const View x(pred), t(teacher), w(weight), a(avg_factor), l(loss), g(grad);
+  const gfl_distillation_args args{x.get(),
+                                   t.get(),
+                                   w.get(),
+                                   a.get(),
+                                   nullptr,
+                                   l.get(),
+                                   write_grad ? g.get() : nullptr,
+                                   temperature,
+                                   scale_of(pred, scale, reduction)};
+  check(device.run(args));
+  return {loss, grad};
+}
+
+template <typename Device>
+Tensor distillation_backward(Tensor grad_loss, Tensor pred, Tensor teacher,
+                             std::optional<Tensor> weight, std::optional<Tensor> avg_factor,
+                             double temperature, double scale, int64_t reduction) {
+  const Device device(pred);
+  Tensor grad = new_gradient(device.place(), pred, true);
+  const View u(grad_loss), x(pred), t(teacher), w(weight), a(avg_factor), g(grad);
+  const gfl_distillation_args args{x.get(), t.get(),     w.get(),
+                                   a.get(), u.get(),     nullptr,
+                                   g.get(), temperature, scale_of(pred, scale, reduction)};
+  check(device.run(args));
+  return grad;
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> decode_boxes(
+    Tensor pred, Tensor points, std::optional<Tensor> strides, std::optional<Tensor> bins,
+    std::optional<Tensor> cls, std::optional<Tensor> limits, double stride,
+    std::vector<double> size, int64_t window, bool write_deviation) {
+  const Device device(pred);
+  const Place place = device.place();
+  std::vector<int64_t> rows(pred.sizes().begin(), pred.sizes().end() - 1), sides = rows;
+  sides.push_back(4);
+  if (!cls) rows = {0};
+  Tensor boxes = new_losses(place, pred, sides), score = new_losses(place, pred, rows);
+  Tensor label = new_packed(place, rows, aoti_torch_dtype_int64());
+  Tensor deviation = new_losses(place, pred, write_deviation ? sides : std::vector<int64_t>{0});
+  const View x(pred), p(points), s(strides), y(bins), c(cls), m(limits);
+  const View b(boxes), d(deviation), h(score), l(label);
+  gfl_decode_args args{};
+  args.pred = x.get();
+  args.points = p.get();
+  args.strides = s.get();
+  args.bins = y.get();
+  args.cls = c.get();
+  args.limits = m.get();
+  args.boxes = b.get();
+  args.deviation = write_deviation ? d.get() : nullptr;
+  args.score = cls ? h.get() : nullptr;
+  args.label = cls ? l.get() : nullptr;
+  args.stride = stride;
+  args.height = size.size() == 2 ? size[0] : -1;
+  args.width = size.size() == 2 ? size[1] : -1;
+  args.window = window;
+  check(device.run(args));
+  return {boxes, score, label, deviation};
+}
+
 }  // namespace
 }  // namespace gfl
 
@@ -538,4 +612,7 @@ std::vector<Tensor> head_backward(
     m.impl("head_boxes", TORCH_BOX(&head_boxes<DEVICE>));                       \
     m.impl("head_forward", TORCH_BOX(&head_forward<DEVICE>));                   \
     m.impl("head_backward", TORCH_BOX(&head_backward<DEVICE>));                 \
+    m.impl("decode_boxes", TORCH_BOX(&decode_boxes<DEVICE>));                   \
+    m.impl("distillation_forward", TORCH_BOX(&distillation_forward<DEVICE>));   \
+    m.impl("distillation_backward", TORCH_BOX(&distillation_backward<DEVICE>)); \
   }

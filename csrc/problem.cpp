@@ -258,6 +258,69 @@ DistributionProblem describe(const char* name, const gfl_moments_args& args) {
   return d;
 }
 
+DistillationProblem describe(const char* name, const gfl_distillation_args& args) {
+  DistillationProblem d{};
+  Problem problem(name, args.pred, "K");
+  if (!args.teacher) fail(std::string(name) + ": teacher is missing");
+  const bool per_row = args.loss && args.loss->ndim > 0;
+  problem.add("pred", args.pred, &d.pred, true);
+  problem.add("teacher", args.teacher, &d.teacher, true);
+  problem.add("weight", args.weight, &d.weight, false);
+  problem.add("grad_loss", args.grad_loss, &d.grad_loss, false, true);
+  problem.add("loss", per_row ? args.loss : nullptr, &d.loss, false);
+  problem.add("grad", args.grad, &d.grad, true);
+  problem.check_results(args.grad, args.loss, args.grad_loss);
+  problem.need_dtype("teacher", args.teacher, args.pred->dtype);
+  if (problem.columns() < 1) fail(std::string(name) + ": pred must have at least one bin");
+  problem.merge(&d.ndim, d.size);
+  d.bins = problem.columns();
+  d.temperature = args.temperature;
+  d.scale = args.scale;
+  return d;
+}
+
+DecodeProblem describe(const char* name, const gfl_decode_args& args) {
+  DecodeProblem d{};
+  Problem problem(name, args.pred, "4 K");
+  const std::string where = std::string(name) + ": ";
+  if (!args.points || !args.boxes) fail(where + "points and boxes are needed");
+  if (problem.columns() < 4 || problem.columns() % 4) fail(where + "pred must have 4 K channels");
+  const gfl_dtype dtype = accumulator(args.pred->dtype);
+  d.bins = problem.columns() / 4;
+  problem.add("pred", args.pred, &d.pred, true);
+  problem.add_columns("points", args.points, &d.points, 2);
+  problem.add("strides", args.strides, &d.strides, false);
+  problem.add_columns("limits", args.limits, &d.limits, 2);
+  problem.add_columns("boxes", args.boxes, &d.boxes, 4);
+  problem.add_columns("deviation", args.deviation, &d.deviation, 4);
+  problem.need_dtype("boxes", args.boxes, dtype);
+  problem.need_dtype("deviation", args.deviation, dtype);
+  problem.need_dtype("bins", args.bins, dtype);
+  if (const gfl_view* const cls = args.cls) {
+    if (!args.score || !args.label) fail(where + "cls needs score and label");
+    if (!is_float(cls->dtype) || accumulator(cls->dtype) != dtype) {
+      fail(where + "pred and cls must be floats, float64 together");
+    }
+    d.classes = cls->ndim ? cls->sizes[cls->ndim - 1] : 0;
+    if (d.classes < 1) fail(where + "cls must have at least one class");
+    problem.add_columns("cls", cls, &d.cls, d.classes);
+    problem.add("score", args.score, &d.score, false);
+    problem.add("label", args.label, &d.label, false);
+    problem.need_dtype("score", args.score, dtype);
+    problem.need_dtype("label", args.label, GFL_INT64);
+  }
+  if (args.bins && (args.bins->ndim != 1 || args.bins->sizes[0] != d.bins)) {
+    fail(where + "bins must have shape (" + std::to_string(d.bins) + ")");
+  }
+  problem.merge(&d.ndim, d.size);
+  d.stride = args.stride;
+  d.height = args.height;
+  d.width = args.width;
+  d.window = args.window;
+  d.clips = args.limits || args.height >= 0;
+  return d;
+}
+
 HeadProblem describe(const char* name, const gfl_head_args& args, int level, int64_t first) {
   const std::string where = std::string(name) + ": level " + std::to_string(level) + " of ";
   const gfl_view &cls = args.cls[level], &box = args.box[level];

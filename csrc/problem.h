@@ -68,6 +68,29 @@ struct HeadProblem {
   double bbox_scale, dfl_scale;  // of the gradient
 };
 
+struct DistillationProblem {
+  int ndim;
+  int64_t size[kMaxDims];
+  int64_t bins;
+  Operand pred, teacher, weight, grad_loss, loss, grad;
+  double temperature;
+  double scale;
+};
+
+// Rows of four sides to boxes. Operands with several values a row have them along `column`.
+struct DecodeProblem {
+  int ndim;
+  int64_t size[kMaxDims];
+  int64_t bins, classes;
+  Operand pred, points, strides, cls, limits;
+  Operand boxes, deviation, score, label;
+  Operand values;  // [K], of the accumulation type
+  double stride;   // where `strides` is absent
+  bool clips;
+  double height, width;  // where `limits` is absent
+  int64_t window;        // < 0: of all bins
+};
+
 // Sums over positives: their number, their weights, weighted box loss and DFL.
 struct HeadSums {
   double count, weight, bbox, dfl;
@@ -95,6 +118,8 @@ DistributionProblem describe(const char* name, const gfl_distribution_args& args
 DistributionProblem describe(const char* name, const gfl_integral_args& args);
 DistributionProblem describe(const char* name, const gfl_statistics_args& args);
 DistributionProblem describe(const char* name, const gfl_moments_args& args);
+DecodeProblem describe(const char* name, const gfl_decode_args& args);
+DistillationProblem describe(const char* name, const gfl_distillation_args& args);
 // The level whose first anchor is number `first`, with the gradient's scales left at 0.
 HeadProblem describe(const char* name, const gfl_head_args& args, int level, int64_t first);
 

@@ -42,12 +42,19 @@ def report() -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines += ["", f"what runs for a float32 tensor on {device}:"]
     sample = torch.zeros(1, 2, device=device)
-    for op in ("quality_focal_loss", "distribution_focal_loss", "integral", "gfl_loss"):
+    for op in (
+        "quality_focal_loss",
+        "distribution_focal_loss",
+        "integral",
+        "localization_distillation_loss",
+        "gfl_loss",
+        "decode_boxes",
+    ):
         try:
             served = dispatch.choose(op, sample)
         except (RuntimeError, ValueError) as error:
             served = f"nothing: {error}"
-        lines.append(f"  {op:<26}{served}")
+        lines.append(f"  {op:<32}{served}")
     variables = {name: value for name, value in os.environ.items() if name.startswith("GFL_")}
     if variables:
         lines += ["", "environment:"]

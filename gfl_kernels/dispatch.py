@@ -142,7 +142,8 @@ def _obstacle(backend: str, pred: Tensor, *constants: Tensor | None) -> str | No
     for tensor in constants:
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             return (
-                "it has no derivative for targets, weights or bins (one requires grad; detach it)"
+                "it has no derivative for targets, weights or bins, nor for what it decodes "
+                "(one requires grad; detach it)"
             )
     if torch._C._are_functorch_transforms_active():
         return "it does not run under torch.func transforms"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
@@ -303,6 +304,7 @@ def distribution_focal_loss(
     avg_factor: float | Tensor | None = None,
     reduction: str = "mean",
     bin_dim: int = -1,
+    bins: Sequence[float] | None = None,
 ) -> Tensor:
     r"""Distribution Focal Loss, fused: cross entropy against the two bins around the target.
 
@@ -321,6 +323,11 @@ def distribution_focal_loss(
         weight: a weight per row [...]. Rows of weight 0 are not read.
         avg_factor, reduction: as in :func:`quality_focal_loss`.
         bin_dim: where the bins lie in pred, 1 for [B, K, A].
+        bins: (lower, upper, step), both ends among the K bins, if the target is not a number of a
+            bin but in units of its own, in which bin k lies at lower + k step: PP-YOLOE's
+            ``reg_range`` (-2, 17) is (-2, 16, 1). The target is clamped into [lower, upper]; hosts
+            that stop short of the end (PP-YOLOE at 15.99 of 16) clamp it themselves. Not with a
+            triple: :func:`gfl_kernels.bin_weights` makes one for bins of any spacing.
 
     Returns:
         A scalar, or [...] for "none"; float32, or float64 for float64.
@@ -328,13 +335,48 @@ def distribution_focal_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`quality_focal_loss`.
     """
+    if bins is not None:
+        target = _in_bins(pred, target, bins, bin_dim)
     return _distribution_focal_loss(pred, target, weight, avg_factor, reduction, bin_dim)
+
+
+def bin_weights(target: Tensor, bins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""(left, weight_left, weight_right) of targets among bins of any spacing, a target of
+    :func:`distribution_focal_loss`: D-FINE's fine-grained localization loss.
+
+    .. math:: l = |\{k : y_k \le t\}| - 1, \quad w_r = \frac{t - y_l}{y_{l + 1} - y_l}, \quad
+        w_l = 1 - w_r
+
+    A target below the first bin has l = 0 and all weight there, one from the last bin on l = K - 2
+    and all weight on the last bin. The weights of a NaN are NaN. Source: Peng et al. 2024,
+    D-FINE's ``translate_gt``, whose numbers these are with ``bins`` its ``weighting_function``.
+    Nothing is read by the host.
+
+    Args:
+        target: [...], in the bins' units; any dtype.
+        bins: the value of each bin [K], K >= 2, strictly ascending.
+
+    Returns:
+        Three tensors [...], left int64, the weights float32, or float64 if one of the two is.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong type, device or shape.
+    """
+    name = "bin_weights"
+    for argument, tensor in (("target", target), ("bins", bins)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {argument} must be a Tensor, got {type(tensor).__name__}")
+    _check_tensor(name, "bins", bins, target)
+    if bins.dim() != 1 or bins.shape[0] < 2:
+        raise ValueError(f"{name}: bins must have shape (K,), K >= 2, got {tuple(bins.shape)}")
+    dtype = reference.accumulate_dtype(torch.promote_types(target.dtype, bins.dtype))
+    return reference.bin_weights(target.to(dtype), bins.to(dtype))
 
 
 def integral(
     pred: Tensor,
     *,
-    bins: Tensor | None = None,
+    bins: Tensor | Sequence[float] | None = None,
     bin_dim: int = -1,
     mode: str = "mean",
     window: int = 2,
@@ -346,7 +388,8 @@ def integral(
 
     Args:
         pred: logits [..., K]; float32, float64, bfloat16 or float16, any strides.
-        bins: the value y of each bin [K]; 0, 1, ..., K - 1 if not given.
+        bins: the value y of each bin: a tensor [K], or (lower, upper, step) with both ends among
+            them (PP-YOLOE's ``reg_range`` (-2, 17) is (-2, 16, 1)); 0, 1, ..., K - 1 if not given.
         bin_dim: where the bins lie in pred.
         mode: "mean", over all bins; or "peak", over the bins beside the highest one alone, softmax
             being taken among them. An edge that may be at two places has a mean between them, where
@@ -356,15 +399,15 @@ def integral(
             the highest; the gradient takes the choice as constant.
 
     Returns:
-        [...], in bins; float32, or float64 for float64: half precision would move a box by up to
-        0.1 bin. The gradient has pred's dtype and layout.
+        [...], in the bins' units; float32, or float64 for float64: half precision would move a box
+        by up to 0.1 bin. The gradient has pred's dtype and layout.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`quality_focal_loss`.
     """
     name = "integral"
     _check_pred(name, pred, bin_dim, "K", "bin_dim")
-    _check_bins(name, bins, pred, bin_dim)
+    bins = _bin_values(name, bins, pred.shape[bin_dim], pred)
     if mode not in ("mean", "peak"):
         raise ValueError(f"{name}: mode must be mean or peak, got {mode!r}")
     _check_int(name, "window", window)
@@ -375,7 +418,7 @@ def integral(
         return reference.integral(pred, bins=bins, bin_dim=bin_dim, mode=mode, window=window)
     # A window that takes in all bins everywhere is the mean.
     window = window if mode == "peak" and window < pred.shape[bin_dim] - 1 else -1
-    return _summary("integral", backend, _last(pred, bin_dim), _as_result(bins, pred), window)
+    return _summary("integral", backend, _last(pred, bin_dim), bins, window)
 
 
 def distribution_statistics(
@@ -419,7 +462,7 @@ def distribution_statistics(
 
 
 def distribution_moments(
-    pred: Tensor, *, bins: Tensor | None = None, bin_dim: int = -1
+    pred: Tensor, *, bins: Tensor | Sequence[float] | None = None, bin_dim: int = -1
 ) -> DistributionMoments:
     r"""Mean, standard deviation and entropy of the distribution of each row, fused.
 
@@ -430,7 +473,7 @@ def distribution_moments(
 
     Args:
         pred: logits [..., K]; float32, float64, bfloat16 or float16, any strides.
-        bins: the value y of each bin [K]; 0, 1, ..., K - 1 if not given.
+        bins: the value y of each bin, as in :func:`integral`.
         bin_dim: where the bins lie in pred.
 
     Returns:
@@ -443,12 +486,95 @@ def distribution_moments(
     """
     name = "distribution_moments"
     _check_pred(name, pred, bin_dim, "K", "bin_dim")
-    _check_bins(name, bins, pred, bin_dim)
+    bins = _bin_values(name, bins, pred.shape[bin_dim], pred)
     backend = dispatch.choose(name, pred, bins)
     if backend == "reference":
         return reference.distribution_moments(pred, bins=bins, bin_dim=bin_dim)
-    values = _summary("moments", backend, _last(pred, bin_dim), _as_result(bins, pred))
+    values = _summary("moments", backend, _last(pred, bin_dim), bins)
     return DistributionMoments(*values.unbind(-1))
+
+
+def localization_distillation_loss(
+    pred: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 10.0,
+    bin_reduction: str = "mean",
+    weight: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    reduction: str = "mean",
+    bin_dim: int = -1,
+) -> Tensor:
+    r"""Localization distillation, fused: the student's distributions drawn to the teacher's.
+
+    .. math:: L = T^2 \, \mathrm{KL}(\mathrm{softmax}(z_t / T) \,\|\, \mathrm{softmax}(z / T))
+
+    for each row (side of a box), the teacher being a constant. Source: Zheng et al. 2022,
+    "Localization Distillation for Dense Object Detection"; mmdetection's
+    ``KnowledgeDistillationKLDivLoss``.
+
+    mmdetection's LDHead has T = 10, the mean over bins, weights and an avg_factor. YOLOv6 has T =
+    20, the sum over bins, and the mean over rows before any weight. D-FINE's DDF has T = 5, the sum
+    over bins, and of matched and of other rows the means, weighed by the roots of their numbers:
+    ``reduction="sum"`` with each row's weight divided by sqrt(n) (sqrt(n_matched) + sqrt(n_other)),
+    n being n_matched or n_other.
+
+    Args:
+        pred: the student's logits [..., K]; float32, float64, bfloat16 or float16, any strides.
+        teacher: its logits, of pred's shape. The wider of two dtypes serves both.
+        temperature: T > 0.
+        bin_reduction: "mean" divides the divergence by K; "sum" is the divergence.
+        weight: a weight per row [...]. Rows of weight 0 contribute exactly 0.
+        avg_factor, reduction: as in :func:`quality_focal_loss`.
+        bin_dim: where the bins lie in both, 1 for [B, K, A].
+
+    Returns:
+        A scalar, or [...] for "none"; float32, or float64 for float64.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quality_focal_loss`.
+    """
+    name = "localization_distillation_loss"
+    _check_pred(name, pred, bin_dim, "K", "bin_dim")
+    _check_tensor(name, "teacher", teacher, pred)
+    if not teacher.is_floating_point():
+        raise TypeError(f"{name}: teacher must have a floating dtype, got {teacher.dtype}")
+    if teacher.shape != pred.shape:
+        raise _wrong_shape(name, "teacher", "pred's shape", pred.shape, teacher)
+    _check_number(name, "temperature", temperature)
+    if not temperature > 0:
+        raise ValueError(f"{name}: temperature must be > 0, got {temperature}")
+    if bin_reduction not in ("mean", "sum"):
+        raise ValueError(f"{name}: bin_reduction must be mean or sum, got {bin_reduction!r}")
+    if weight is not None:
+        _check_row_tensor(name, "weight", weight, pred, _rows(pred, bin_dim))
+    avg_factor = _check_reduction(name, reduction, avg_factor, pred)
+    teacher = teacher.detach()
+    if teacher.dtype != pred.dtype:
+        dtype = torch.promote_types(teacher.dtype, pred.dtype)
+        pred, teacher = pred.to(dtype), teacher.to(dtype)
+    backend = dispatch.choose(name, pred, weight)
+    if backend == "reference":
+        return reference.localization_distillation_loss(
+            pred,
+            teacher,
+            temperature=temperature,
+            bin_reduction=bin_reduction,
+            weight=weight,
+            avg_factor=avg_factor,
+            reduction=reduction,
+            bin_dim=bin_dim,
+        )
+    return _run(
+        ops.apply_distillation,
+        torch.ops.gfl_kernels.distillation_forward,
+        (_last(pred, bin_dim), _last(teacher, bin_dim), weight),
+        (float(temperature),),
+        reduction,
+        avg_factor,
+        reference.distillation_scale(temperature, bin_reduction, pred.shape[bin_dim]),
+        backend,
+    )
 
 
 def _quality_focal_loss(
@@ -671,6 +797,54 @@ def _distribution_focal_loss(
     )
 
 
+# Bins
+
+
+def _bin_values(name: str, bins, count: int, pred: Tensor) -> Tensor | None:
+    """The value of each of count bins, in the type that pred is computed in; None for 0, 1, ..."""
+    if bins is None:
+        return None
+    dtype = reference.accumulate_dtype(pred.dtype)
+    if not isinstance(bins, Tensor):
+        lower, upper, _ = _bin_range(name, bins, count)
+        return torch.linspace(lower, upper, count, dtype=dtype, device=pred.device)
+    _check_tensor(name, "bins", bins, pred)
+    if bins.shape != (count,):
+        raise _wrong_shape(name, "bins", "(K,)", (count,), bins)
+    return bins.to(dtype)
+
+
+def _bin_range(name: str, bins, count: int) -> tuple[float, float, float]:
+    """(lower, upper, step) of count evenly spaced bins, both ends among them."""
+    if not isinstance(bins, Sequence) or len(bins) != 3:
+        raise TypeError(
+            f"{name}: bins must be a Tensor or (lower, upper, step), got {type(bins).__name__}"
+        )
+    for argument, value in zip(("lower", "upper", "step"), bins, strict=True):
+        _check_number(name, f"bins' {argument}", value)
+    lower, upper, step = bins
+    if not step > 0:
+        raise ValueError(f"{name}: bins' step must be > 0, got {step}")
+    if not abs((upper - lower) / step - (count - 1)) <= 1e-3:
+        raise ValueError(
+            f"{name}: bins from {lower} to {upper} in steps of {step} do not match pred's {count}"
+        )
+    return float(lower), float(upper), float(step)
+
+
+def _in_bins(pred, target, bins, bin_dim: int) -> Tensor:
+    """A target in bins' units as a position in bins."""
+    name = "distribution_focal_loss"
+    _check_pred(name, pred, bin_dim, "K", "bin_dim")
+    if isinstance(target, (tuple, list)):
+        raise ValueError(f"{name}: bins must be None with a target (left, weight_left, ...)")
+    _check_row_tensor(name, "target", target, pred, _rows(pred, bin_dim))
+    lower, _, step = _bin_range(name, bins, pred.shape[bin_dim])
+    # Half targets would be rounded again.
+    dtype = reference.accumulate_dtype(target.dtype)
+    return (target.to(dtype) - lower) / step
+
+
 # Layout and reduction
 
 
@@ -679,10 +853,6 @@ def _summary(which: str, backend: str, *inputs) -> Tensor:
     if torch.compiler.is_compiling():
         return getattr(torch.ops.gfl_kernels, f"{which}_forward")(*inputs)
     return ops.apply_distribution_summary(backend, which, *inputs)
-
-
-def _as_result(bins: Tensor | None, pred: Tensor) -> Tensor | None:
-    return bins if bins is None else bins.to(reference.accumulate_dtype(pred.dtype))
 
 
 def _last(tensor: Tensor, dim: int) -> Tensor:
@@ -764,15 +934,6 @@ def _check_pred(name: str, pred, dim: int, size: str, dim_name: str) -> None:
         raise ValueError(
             f"{name}: pred must have at least one entry along {dim_name}, got {tuple(pred.shape)}"
         )
-
-
-def _check_bins(name: str, bins, pred: Tensor, bin_dim: int) -> None:
-    if bins is None:
-        return
-    _check_tensor(name, "bins", bins, pred)
-    expected = pred.shape[bin_dim : bin_dim + 1 or None]
-    if bins.shape != expected:
-        raise _wrong_shape(name, "bins", "(K,)", expected, bins)
 
 
 def _check_reduction(name: str, reduction, avg_factor, pred: Tensor) -> float | Tensor | None:

@@ -49,6 +49,10 @@ _DISTRIBUTION = (
     "Tensor pred, Tensor target, Tensor? weight_left, Tensor? weight_right, Tensor? weight, "
     "Tensor? avg_factor, float scale, int reduction"
 )
+_DISTILLATION = (
+    "Tensor pred, Tensor teacher, Tensor? weight, Tensor? avg_factor, float temperature, "
+    "float scale, int reduction"
+)
 _LEVELS = (
     "Tensor[] cls, Tensor[] box, Tensor[] points, Tensor[] labels, Tensor[] box_targets, "
     "Tensor[] targets, Tensor[] label_weights"
@@ -93,6 +97,16 @@ SCHEMAS = {
     "head_backward": "(Tensor? grad_cls, Tensor? grad_bbox, Tensor? grad_dfl, "
     "Tensor? grad_levels_cls, Tensor? grad_levels_bbox, Tensor? grad_levels_dfl, "
     f"{_HEAD}) -> Tensor[]",
+    # teacher has pred's dtype.
+    "distillation_forward": f"({_DISTILLATION}, bool write_grad) -> (Tensor loss, Tensor grad)",
+    "distillation_backward": f"(Tensor grad_loss, {_DISTILLATION}) -> Tensor",
+    # points and limits (height, width) [..., 2], strides [...] and cls [..., C] are rows as pred's
+    # [..., 4 K]; stride and size are for all of them, size empty where nothing is clipped; window <
+    # 0 is the mean. boxes and, if asked for, deviation [..., 4]; with cls score and label (int64)
+    # [...]; else these are empty.
+    "decode_boxes": "(Tensor pred, Tensor points, Tensor? strides, Tensor? bins, Tensor? cls, "
+    "Tensor? limits, float stride, float[] size, int window, bool write_deviation) "
+    "-> (Tensor boxes, Tensor score, Tensor label, Tensor deviation)",
 }
 
 _libraries = [torch.library.Library(ns, "DEF") for ns in ("gfl_kernels", "gfl_native")]
@@ -163,6 +177,16 @@ def _fake_head_backward(*args):
     return [torch.empty_like(level) for level in (*cls, *box)]
 
 
+def _fake_decode_boxes(pred: Tensor, *args) -> tuple[Tensor, ...]:
+    cls, write_deviation = args[3], args[-1]
+    rows, dtype = pred.shape[:-1], accumulate_dtype(pred.dtype)
+    boxes = pred.new_empty((*rows, 4), dtype=dtype)
+    rows = (0,) if cls is None else rows
+    score = pred.new_empty(rows, dtype=dtype)
+    label = pred.new_empty(rows, dtype=torch.int64)
+    return boxes, score, label, torch.empty_like(boxes) if write_deviation else boxes.new_empty(0)
+
+
 _FAKES = {
     "quality_forward": _fake_forward,
     "quality_backward": _fake_backward,
@@ -177,6 +201,9 @@ _FAKES = {
     "head_boxes": _fake_head_boxes,
     "head_forward": _fake_head_forward,
     "head_backward": _fake_head_backward,
+    "distillation_forward": _fake_forward,
+    "distillation_backward": _fake_backward,
+    "decode_boxes": _fake_decode_boxes,
 }
 
 
@@ -215,7 +242,7 @@ def _gradient(ctx, grad_loss: Tensor, name: str, backend: str | None) -> Tensor:
     *tensors, grad = ctx.saved_tensors
     if torch.is_grad_enabled():
         # create_graph=True: through the op, whose own derivative is refused by name
-        # (_refuse_double_backward).
+        # (_refuse_backward).
         return getattr(torch.ops.gfl_kernels, name)(grad_loss, *tensors, *ctx.constants)
     if grad is not None:
         # Forward left the gradient for an upstream gradient of 1. On the CPU the host may look
@@ -294,6 +321,22 @@ class DistributionSummary(torch.autograd.Function):
             op = dispatch.implementation(ctx.backend, name)
         grad = op(grad_out, *ctx.saved_tensors, *ctx.constants)
         return None, None, grad, *_NO_GRADIENT[: ctx.others]
+
+
+class Distillation(torch.autograd.Function):
+    """Distillation; a backend, then what ``gfl_kernels::distillation_forward`` takes."""
+
+    @staticmethod
+    def forward(ctx, backend, *inputs):
+        loss, grad = dispatch.implementation(backend, "distillation_forward")(*inputs)
+        _save(ctx, 4, inputs, grad)
+        ctx.backend = backend
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad = _gradient(ctx, grad_loss, "distillation_backward", ctx.backend)
+        return None, grad, *_NO_GRADIENT[:7]
 
 
 class HeadOptions(NamedTuple):
@@ -397,6 +440,7 @@ def _are_ones(upstream: Sequence[Tensor | None]) -> bool:
 apply_quality_focal = super(torch.autograd.Function, QualityFocal).apply
 apply_distribution_focal = super(torch.autograd.Function, DistributionFocal).apply
 apply_distribution_summary = super(torch.autograd.Function, DistributionSummary).apply
+apply_distillation = super(torch.autograd.Function, Distillation).apply
 apply_head_loss = super(torch.autograd.Function, HeadLoss).apply
 
 
@@ -427,13 +471,13 @@ def _register_summary_autograd(which: str, tensors: int) -> None:
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_libraries[0])
 
 
-def _refuse_double_backward(name: str) -> None:
+def _refuse_backward(name: str, why: str) -> None:
     # Blocked here and not by once_differentiable, which lets create_graph=True through and returns
     # a constant.
     def backward(ctx, *_):
         raise RuntimeError(
-            f"{name} is not differentiable: the fused backends have no double backward. "
-            "Compute the loss under gfl_kernels.use_backend('reference') for that."
+            f"{name} is not differentiable: {why}. "
+            "Compute it under gfl_kernels.use_backend('reference') for that."
         )
 
     torch.library.register_autograd(f"gfl_kernels::{name}", backward, lib=_libraries[0])
@@ -441,6 +485,7 @@ def _refuse_double_backward(name: str) -> None:
 
 _register_loss_autograd("quality", 5)
 _register_loss_autograd("distribution", 6)
+_register_loss_autograd("distillation", 4)
 for _which, _tensors in _SUMMARIES.items():
     _register_summary_autograd(_which, _tensors)
 
@@ -468,4 +513,5 @@ torch.library.register_autograd(
 )
 for _name in SCHEMAS:
     if _name.endswith("_backward"):
-        _refuse_double_backward(_name)
+        _refuse_backward(_name, "the fused backends have no double backward")
+_refuse_backward("decode_boxes", "the fused backends decode for inference")

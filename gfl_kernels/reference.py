@@ -213,6 +213,17 @@ def split_target(t: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
     return left, left + 1 - t, t - left
 
 
+def bin_weights(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(l, wl, wr) among bins of any spacing: y_l the last bin <= t, wr = (t - y_l) / (y_r - y_l),
+    wl = 1 - wr; beyond the bins all weight is on the first or the last. The weights of a NaN are
+    NaN. D-FINE (Peng et al. 2024), fine-grained localization.
+    """
+    left = torch.searchsorted(y.contiguous(), t.contiguous(), right=True) - 1
+    left = left.clamp(0, y.shape[0] - 2)
+    wr = ((t - y[left]) / (y[left + 1] - y[left])).clamp(0, 1)
+    return left, 1 - wr, wr
+
+
 def distribution_loss(z: Tensor, left: Tensor, wl: Tensor, wr: Tensor) -> Tensor:
     """Distribution Focal Loss of each row: -wl log p_l - wr log p_r, p = softmax(z), r = l + 1.
     GFL, eq. 6.
@@ -268,6 +279,16 @@ def moments(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, std, -(p * log_p).sum(-1)
 
 
+def distillation_loss(z: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL(p_t || p_s) of each row, p = softmax(. / temperature) of teacher and student: sum_k p_t,k
+    (log p_t,k - log p_s,k). A bin of p_t = 0 has no part in it.
+    """
+    log_p = F.log_softmax(z / temperature, dim=-1)
+    log_q = F.log_softmax(teacher / temperature, dim=-1)
+    q = log_q.exp()
+    return torch.where(q == 0, 0, q * (log_q - log_p)).sum(-1)
+
+
 # Box term. Boxes are xyxy in units of the stride, [..., 4].
 
 IOU_EPS = 1e-6  # mmdetection's floor of the union under a quality target
@@ -276,6 +297,11 @@ IOU_EPS = 1e-6  # mmdetection's floor of the union under a quality target
 def decode_box(points: Tensor, distances: Tensor) -> Tensor:
     """The box whose sides lie at distances (left, top, right, bottom) from a point."""
     return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
+
+
+def clip_coordinate(x: Tensor, limit: Tensor | float) -> Tensor:
+    """x clamped into [0, limit], the image. NaN stays NaN."""
+    return x.clamp(min=0).clamp(max=limit)
 
 
 def overlap_and_union(box: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -455,6 +481,74 @@ def _bins(pred: Tensor, bins: Tensor | None, bin_dim: int) -> tuple[Tensor, Tens
     z = pred.movedim(bin_dim, -1).to(dtype)
     y = torch.arange(z.shape[-1], device=z.device, dtype=dtype) if bins is None else bins.to(dtype)
     return z, y
+
+
+def localization_distillation_loss(
+    pred: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 10.0,
+    bin_reduction: str = "mean",
+    weight: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    reduction: str = "mean",
+    bin_dim: int = -1,
+) -> Tensor:
+    """See :func:`gfl_kernels.localization_distillation_loss`."""
+    dtype = accumulate_dtype(pred.dtype)
+    z, t = (x.movedim(bin_dim, -1).to(dtype) for x in (pred, teacher.detach()))
+    if weight is not None:
+        weight = weight.to(dtype)
+        unread = weight == 0
+        z, t = (torch.where(unread.unsqueeze(-1), 0, x) for x in (z, t))
+    loss = distillation_loss(z, t, temperature) * distillation_scale(
+        temperature, bin_reduction, z.shape[-1]
+    )
+    if weight is not None:
+        loss = torch.where(unread, 0, loss * weight)
+    return _reduce(loss, reduction, avg_factor)
+
+
+def distillation_scale(temperature: float, bin_reduction: str, bins: int) -> float:
+    """What a row's divergence is multiplied by: T^2, which makes gradients independent of T to
+    first order, divided by the bins for their mean."""
+    return temperature**2 / (bins if bin_reduction == "mean" else 1)
+
+
+def decode_boxes(
+    pred: Tensor,
+    points: Tensor,
+    strides: Tensor | None,
+    bins: Tensor | None,
+    cls: Tensor | None,
+    limits: Tensor | None,
+    stride: float,
+    size: Sequence[float],
+    window: int,
+    write_deviation: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """What gfl_kernels.decode_boxes computes: (boxes [..., 4], scores, labels, deviation [..., 4]).
+
+    Arguments as those of the op gfl_kernels::decode_boxes.
+    """
+    dtype = accumulate_dtype(pred.dtype)
+    z = pred.unflatten(-1, (4, -1)).to(dtype)
+    y = torch.arange(z.shape[-1], device=z.device, dtype=dtype) if bins is None else bins.to(dtype)
+    pixels = stride if strides is None else strides.to(dtype).unsqueeze(-1)
+    near = z if window < 0 else torch.where(peak_window(z.detach(), window), z, -math.inf)
+    boxes = decode_box(points.to(dtype), expectation(near, y) * pixels)
+    if limits is not None:
+        boxes = clip_coordinate(boxes, limits.to(dtype)[..., [1, 0, 1, 0]])
+    elif size:
+        height, width = size
+        x1, y1, x2, y2 = boxes.unbind(-1)
+        sides = [(x1, width), (y1, height), (x2, width), (y2, height)]
+        boxes = torch.stack([clip_coordinate(x, limit) for x, limit in sides], dim=-1)
+    spread = moments(z, y)[1] * pixels if write_deviation else None
+    if cls is None:
+        return boxes, None, None, spread
+    high, labels = cls.to(accumulate_dtype(cls.dtype)).max(dim=-1)
+    return boxes, high.sigmoid(), labels, spread
 
 
 def head_loss(

@@ -22,7 +22,12 @@ from support import (
     row_weight,
     sparse_target,
 )
+from test_decode import EVERYTHING
+from test_decode import check as check_decode
+from test_decode import scene as points_and_strides
 from test_head import LAYOUTS, aligned, check, one_level, scene
+
+import gfl_kernels
 
 
 # Shapes are odd and reach into a second tile; a case is a compilation or two of some seconds.
@@ -214,6 +219,73 @@ def test_summaries_move_what_they_must(compiled, op, values):
     for report, least in ((forward, x.nbytes + results), (backward, 2 * x.nbytes + results)):
         dram = report.dram_bytes_read + report.dram_bytes_written
         assert dram <= 1.05 * least, (report.kernel, dram, least)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distillation(compiled, dtype):
+    student, teacher = (logits(131, 17, dtype=dtype, seed=seed) for seed in (0, 7))
+    weight = row_weight((131,))
+    student[weight == 0] = float("nan")  # not read
+    options = {"scale": 400.0, "grad_scale": 20.0}
+    check_op("distillation", student, teacher, weight=weight, avg_factor=7.0, **options)
+    if dtype == torch.float32:
+        laid, taught = (lay_out("nchw", logits(2, 5, 7, 8, seed=seed)) for seed in (0, 7))
+        options |= {"bin_dim": 1, "reduction": "none"}
+        check_op("distillation", laid.pred, taught.pred, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode(compiled, dtype):
+    pred, cls = logits(131, 68, dtype=dtype), logits(131, 21, dtype=dtype, seed=1)
+    points, strides = points_and_strides(131)
+    check_decode(points, pred, strides=strides, cls_logits=cls, mode="peak", **EVERYTHING)
+
+
+def test_decode_planes(compiled):
+    pred, cls = logits(2, 68, 5, 7), logits(2, 80, 5, 7, seed=1)
+    points, strides = points_and_strides(35)
+    limits = torch.tensor([[60.0, 50.0], [40.0, 90.0]])
+    options = {"strides": strides, "max_shape": limits, "channel_dim": 1}
+    check_decode(points, pred, cls_logits=cls, **options)
+
+
+def dram_bytes(compiled, call):
+    compiled.reports.clear()
+    result = call()
+    moved = sum(r.dram_bytes_read + r.dram_bytes_written for r in compiled.reports)
+    return moved, result
+
+
+@pytest.mark.parametrize("planes", [False, True], ids=["rows", "planes"])
+def test_decode_moves_every_byte_once(compiled, planes):
+    if compiled.launch_options["approx"] != "nearest":
+        pytest.skip("approximate instructions move no bytes")
+    anchors = 768
+    pred, cls = logits(1, anchors, 68), logits(1, anchors, 80)
+    points, strides = points_and_strides(anchors)
+    if planes:
+        pred, cls = (x.transpose(1, 2).contiguous() for x in (pred, cls))
+    options = {"cls_logits": cls, "strides": strides, "channel_dim": 1 if planes else -1}
+    moved, _ = dram_bytes(compiled, lambda: gfl_kernels.decode_boxes(points, pred, **options))
+    needed = anchors * (68 * 4 + 80 * 4 + 8 + 4 + 16 + 4 + 8)  # point, stride; box, score, label
+    assert needed <= moved <= 1.05 * needed
+
+
+@pytest.mark.parametrize("planes", [False, True], ids=["rows", "planes"])
+def test_distillation_moves_every_byte_once(compiled, planes):
+    if compiled.launch_options["approx"] != "nearest":
+        pytest.skip("approximate instructions move no bytes")
+    student, teacher = (logits(1, 1536, 17, seed=seed) for seed in (0, 7))
+    if planes:
+        student, teacher = (x.transpose(1, 2).contiguous() for x in (student, teacher))
+    loss = gfl_kernels.localization_distillation_loss
+    student.requires_grad_()
+    dim = 1 if planes else -1
+    size = student.numel() * 4
+    moved, value = dram_bytes(compiled, lambda: loss(student, teacher, bin_dim=dim, avg_factor=9.0))
+    assert 2 * size <= moved <= 1.05 * 2 * size
+    moved, _ = dram_bytes(compiled, value.backward)
+    assert 3 * size <= moved <= 1.05 * 3 * size
 
 
 PYRAMID = {"sizes": ((9, 7), (5, 4), (3, 2), (2, 1), (1, 1)), "strides": (8, 16, 32, 64, 128)}

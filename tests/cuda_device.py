@@ -72,6 +72,16 @@ ARGUMENTS = {  # as in gfl_kernels.h
         "pred grad_out out grad", ("topk", ctypes.c_int32), ("add_mean", ctypes.c_int32)
     ),
     "moments": _struct("pred bins grad_out out grad"),
+    "distillation": _struct(
+        "pred teacher weight avg_factor grad_loss loss grad",
+        ("temperature", ctypes.c_double),
+        _SCALE,
+    ),
+    "decode": _struct(
+        "pred points strides bins cls limits boxes deviation score label",
+        *((name, ctypes.c_double) for name in ("stride", "height", "width")),
+        ("window", ctypes.c_int64),
+    ),
 }
 _VIEWS = ctypes.POINTER(_View)
 
@@ -139,7 +149,7 @@ def plan(family, workspace, numbers=None, **tensors):
         **{name: view(tensor) for name, tensor in tensors.items() if tensor is not None},
         **(numbers or {}),
     )
-    sums = family in ("quality", "distribution")
+    sums = family in ("quality", "distribution", "distillation")
     address = [ctypes.c_void_p(workspace.data_ptr())] if sums else []
     return _launches(f"gfl_{family}_cuda_plan", arguments, *address)
 
@@ -404,6 +414,40 @@ class SimulatedCuda:
         grad = torch.empty_like(pred)
         self.run(family, numbers, pred=pred, grad_out=upstream, grad=grad, **tensors)
         return grad
+
+    def distillation_forward(
+        self, pred, teacher, weight, avg, temperature, scale, reduction, write_grad
+    ):
+        loss, grad = _outputs(pred, reduction, write_grad)
+        tensors = {"pred": pred, "teacher": teacher, "weight": weight, "avg_factor": avg}
+        numbers = {"temperature": temperature, "scale": _scale(pred, scale, reduction)}
+        self.run("distillation", numbers, **tensors, loss=loss, grad=grad if write_grad else None)
+        return loss, grad
+
+    def distillation_backward(
+        self, upstream, pred, teacher, weight, avg, temperature, scale, reduction
+    ):
+        grad = torch.empty_like(pred)
+        tensors = {"pred": pred, "teacher": teacher, "weight": weight, "avg_factor": avg}
+        numbers = {"temperature": temperature, "scale": _scale(pred, scale, reduction)}
+        self.run("distillation", numbers, **tensors, grad_loss=upstream, grad=grad)
+        return grad
+
+    def decode_boxes(self, *args):
+        pred, points, strides, bins, cls, limits, stride, size, window, write_deviation = args
+        boxes, score, label, deviation = ops._fake_decode_boxes(*args)
+        for t in (boxes, score, deviation):
+            t.fill_(float("nan"))
+        height, width = size or (-1.0, -1.0)
+        tensors = {"pred": pred, "points": points, "strides": strides, "bins": bins, "cls": cls}
+        tensors |= {"limits": limits, "boxes": boxes}
+        if write_deviation:
+            tensors["deviation"] = deviation
+        if cls is not None:
+            tensors |= {"score": score, "label": label}
+        numbers = {"stride": stride, "height": height, "width": width, "window": window}
+        self.run("decode", numbers, **tensors)
+        return boxes, score, label, deviation
 
     def head_boxes(self, *args):
         lists, (strides, iou, eps, limit, write_boxes) = args[:7], args[7:]

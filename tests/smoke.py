@@ -33,6 +33,7 @@ def cases(dtype):
     yield "integral", (bins,), {"bins": torch.linspace(-1.0, 1.0, 17)}
     yield "integral", (bins,), {"mode": "peak"}
     yield "distribution_statistics", (bins,), {}
+    yield "localization_distillation_loss", (bins, bins.flip(1)), {}
 
 
 def value_and_grad(function, args, options, upstream):

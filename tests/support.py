@@ -72,6 +72,7 @@ PUBLIC = {
     "integral": gfl_kernels.integral,
     "statistics": gfl_kernels.distribution_statistics,
     "moments": stacked_moments,
+    "distillation": gfl_kernels.localization_distillation_loss,
 }
 ORACLE = {
     **{name: on_reference(function) for name, function in PUBLIC.items()},
@@ -80,6 +81,7 @@ ORACLE = {
     "integral": reference.integral,
     "statistics": reference.distribution_statistics,
     "moments": stacked_reference_moments,
+    "distillation": reference.localization_distillation_loss,
 }
 
 # The rest of the quality family: name -> (op, keyword arguments), every form and flag once.

@@ -15,7 +15,7 @@ for name in ("matplotlib", "pycocotools", "rich", "sklearn", "torchvision"):
     pytest.importorskip(name, reason=f"the demo needs {name} (extra: bench)")
 pytest.importorskip("bench", reason="bench is found from the repository root: python -m pytest")
 
-from bench import eager  # noqa: E402
+from bench import eager, gallery  # noqa: E402
 from bench.digits import assign, compare, evaluate  # noqa: E402
 from bench.digits import boxes as box_ops  # noqa: E402
 from bench.digits.detector import Detector, LossObjects  # noqa: E402
@@ -276,3 +276,66 @@ def test_a_short_demo_from_end_to_end(tmp_path):
     for run in report["runs"].values():
         times = run["milliseconds"]
         assert 0 < times["loss objects"] < times["loss stage"] < times["step"]
+
+
+# ---- the gallery
+
+
+def test_lines_are_counted_to_some_digits(scenes):
+    """Boxes stay what they were but for their lower sides, which lie on the line or on the
+    digit."""
+    before = scenes.images.clone()
+    drawn = gallery.underline(scenes, seed=2)
+    assert torch.equal(scenes.images, before)
+    tight, given, lines = (torch.cat(x) for x in (scenes.boxes, drawn.scenes.boxes, drawn.lines))
+    assert torch.equal(given[:, :3], tight[:, :3])
+    counted = given[:, 3] != tight[:, 3]
+    assert torch.equal(given[counted, 3], lines[counted])
+    assert (lines[lines > 0] > tight[lines > 0, 3]).all() and (lines <= IMAGE_SIZE).all()
+    assert 0 < counted.sum() < (lines > 0).sum() < len(lines)
+    changed = [i for i in range(len(scenes)) if bool((drawn.lines[i] > 0).any())]
+    for i in range(len(scenes)):
+        assert torch.equal(drawn.scenes.images[i], before[i]) == (i not in changed)
+
+
+def _found(line, modes):
+    """A detection whose lower side has these modes."""
+    logits = torch.full((4, 17), -8.0)
+    logits[:, 3] = 4.0
+    logits[3, 3] = -8.0
+    for k, value in modes.items():
+        logits[3, k] = value
+    point, options = torch.tensor([[60.0, 50.0]]), {"strides": 8.0, "max_shape": (128, 128)}
+    mean = gallery.decode_boxes(point, logits.view(1, -1), return_uncertainty=True, **options)
+    peak = gallery.decode_boxes(point, logits.view(1, -1), mode="peak", window=1, **options)
+    return gallery.Found(
+        image=torch.zeros(IMAGE_SIZE, IMAGE_SIZE),
+        label=3,
+        score=0.5,
+        tight_box=torch.tensor([36.0, 26.0, 84.0, 66.0]),
+        line=line,
+        point=point[0],
+        stride=8.0,
+        sides=logits.softmax(-1),
+        mean=mean.boxes[0],
+        peak=peak[0],
+        deviation=mean.uncertainty[0],
+    )
+
+
+def test_the_gallery_shows_sides_whose_mean_and_peak_differ(tmp_path):
+    sure, lined = _found(0.0, {3: 4.0}), _found(98.0, {2: 4.0, 6: 3.6})
+    torch.testing.assert_close(sure.apart(), torch.zeros(4), rtol=0, atol=0.1)
+    assert lined.apart()[3] > 1 and lined.apart()[:3].max() < 0.1
+    assert 0.3 < lined.second_mode(3) < 0.45 and sure.second_mode(3) < 1e-3
+    chosen = gallery.choose([lined, sure, _found(98.0, {2: 4.0, 3: 3.6}), lined])
+    assert chosen[0] is sure and len(chosen) == 1 + gallery.AMBIGUOUS
+    picture = gallery.draw(tmp_path / "gallery.png", [lined])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert gallery.choose([]) == []
+
+
+def test_the_gallery_runs_from_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery, "QUICK", gallery.Size(2, 2, 4, 2))
+    assert gallery.main(["--quick", "--out", str(tmp_path)]) == 0
+    assert all(path.name == "gallery.png" for path in tmp_path.iterdir())

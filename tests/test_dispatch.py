@@ -295,6 +295,9 @@ def test_public_names():
         "integral",
         "gfl_loss",
         "task_aligned_loss",
+        "decode_boxes",
+        "localization_distillation_loss",
+        "bin_weights",
         "backends",
         "use_backend",
     ):

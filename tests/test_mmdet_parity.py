@@ -48,7 +48,8 @@ def mmdet():
     package = pytest.importorskip("mmdet", reason="mmdetection is not installed")
     assert package.__version__ == "3.3.0"
     from mmdet.models.dense_heads import gfl_head
-    from mmdet.models.losses import focal_loss, gfocal_loss, varifocal_loss
+    from mmdet.models.losses import focal_loss, gfocal_loss, kd_loss, varifocal_loss
+    from mmdet.structures.bbox import distance2bbox
 
     return types.SimpleNamespace(
         QualityFocalLoss=gfocal_loss.QualityFocalLoss,
@@ -57,6 +58,8 @@ def mmdet():
         FocalLoss=focal_loss.FocalLoss,
         Integral=gfl_head.Integral,
         GFLHead=gfl_head.GFLHead,
+        distance2bbox=distance2bbox,
+        KnowledgeDistillationKLDivLoss=kd_loss.KnowledgeDistillationKLDivLoss,
     )
 
 

@@ -10,6 +10,11 @@ import pytest
 import torch
 from compiled_cases import (  # noqa: F401
     PYRAMID,
+    test_decode,
+    test_decode_moves_every_byte_once,
+    test_decode_planes,
+    test_distillation,
+    test_distillation_moves_every_byte_once,
     test_distribution,
     test_distribution_bins,
     test_distribution_explicit_weights_and_layouts,

@@ -25,7 +25,7 @@ SIDES = ("left", "top", "right", "bottom")
 SHOWN_SCORE = 0.3
 
 
-def _save(figure, path: Path) -> Path:
+def save(figure, path: Path) -> Path:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
@@ -70,7 +70,7 @@ def loss_curves(
     for axes in (above, below):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def detections(path: Path, scenes: Scenes, found: list[Detections], count: int = 8) -> Path:
@@ -87,13 +87,13 @@ def detections(path: Path, scenes: Scenes, found: list[Detections], count: int =
             continue
         axes.imshow(scenes.images[i, 0], cmap="gray", extent=(0, IMAGE_SIZE, IMAGE_SIZE, 0))
         for box in scenes.boxes[i].tolist():
-            axes.add_patch(_rectangle(box, TRUTH, linewidth=1.2, linestyle=(0, (3, 2))))
+            axes.add_patch(rectangle(box, TRUTH, linewidth=1.2, linestyle=(0, (3, 2))))
         # The best class of each place; COCO's AP also counts the second guesses
         kept = nms(found[i].boxes, found[i].scores, 0.6)
         for row in kept[found[i].scores[kept] >= SHOWN_SCORE].tolist():
             box, label = found[i].boxes[row].tolist(), int(found[i].labels[row])
             score = float(found[i].scores[row])
-            axes.add_patch(_rectangle(box, OURS, linewidth=1.8))
+            axes.add_patch(rectangle(box, OURS, linewidth=1.8))
             # Above the box where there is room, below its upper edge otherwise
             axes.text(
                 box[0],
@@ -111,10 +111,10 @@ def detections(path: Path, scenes: Scenes, found: list[Detections], count: int =
         f" (solid, score at least {SHOWN_SCORE}); true boxes dashed green",
         fontsize=13,
     )
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _rectangle(box, color, **style) -> Rectangle:
+def rectangle(box, color, **style) -> Rectangle:
     x1, y1, x2, y2 = box
     return Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, **style)
 
@@ -186,13 +186,13 @@ def side_distributions(
         "Predicted distributions of the four sides, their mean (the Integral) and the true side",
         fontsize=14,
     )
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _show_box(axes, image: torch.Tensor, d: Detections, row: int, true_box: torch.Tensor) -> None:
     axes.imshow(image, cmap="gray", extent=(0, IMAGE_SIZE, IMAGE_SIZE, 0))
-    axes.add_patch(_rectangle(true_box.tolist(), TRUTH, linewidth=1.8, linestyle=(0, (3, 2))))
-    axes.add_patch(_rectangle(d.boxes[row].tolist(), OURS, linewidth=1.8))
+    axes.add_patch(rectangle(true_box.tolist(), TRUTH, linewidth=1.8, linestyle=(0, (3, 2))))
+    axes.add_patch(rectangle(d.boxes[row].tolist(), OURS, linewidth=1.8))
     axes.plot(*d.points[row].tolist(), marker="+", color="#ffd166", markersize=11, mew=2)
     x1, y1, x2, y2 = true_box.tolist()
     margin = 0.35 * max(x2 - x1, y2 - y1)

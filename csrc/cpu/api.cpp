@@ -133,23 +133,36 @@ double run_blocks(double (*kernel)(const P&, int64_t, int64_t, void*), const P& 
   return total;
 }
 
+// The bins' values, packed and in the type the kernels compute in; lives as long as they are read.
+class BinValues {
+ public:
+  BinValues(const gfl_view* bins, int64_t count, bool wide) : doubles_(count), wide_(wide) {
+    for (int64_t k = 0; k < count; ++k) {
+      if (!bins) {
+        doubles_[k] = static_cast<double>(k);
+      } else {
+        const int64_t at = k * bins->strides[0];
+        doubles_[k] = wide ? static_cast<const double*>(bins->data)[at]
+                           : static_cast<const float*>(bins->data)[at];
+      }
+    }
+    if (!wide) floats_.assign(doubles_.begin(), doubles_.end());
+  }
+  char* data() {
+    return wide_ ? reinterpret_cast<char*>(doubles_.data())
+                 : reinterpret_cast<char*>(floats_.data());
+  }
+
+ private:
+  std::vector<double> doubles_;
+  std::vector<float> floats_;
+  bool wide_;
+};
+
 // bins: their values, or null for 0, 1, 2, ...
 void run_summary(DistributionProblem d, const gfl_view* bins) {
-  // The kernels want the bins' values packed and in the type they compute in.
-  const bool wide = d.pred.dtype == GFL_FLOAT64;
-  std::vector<double> values(d.bins);
-  for (int64_t k = 0; k < d.bins; ++k) {
-    if (bins) {
-      const int64_t at = k * bins->strides[0];
-      values[k] = wide ? static_cast<const double*>(bins->data)[at]
-                       : static_cast<const float*>(bins->data)[at];
-    } else {
-      values[k] = static_cast<double>(k);
-    }
-  }
-  std::vector<float> floats(values.begin(), values.end());
-  d.values.data =
-      wide ? reinterpret_cast<char*>(values.data()) : reinterpret_cast<char*>(floats.data());
+  BinValues values(bins, d.bins, d.pred.dtype == GFL_FLOAT64);
+  d.values.data = values.data();
   using D = DistributionProblem;
   run_blocks(table().distribution, d, d.bins, &D::pred, &D::grad_loss, &D::loss, &D::grad);
 }
@@ -224,6 +237,30 @@ extern "C" int gfl_statistics_cpu(const gfl_statistics_args* args) {
 extern "C" int gfl_moments_cpu(const gfl_moments_args* args) {
   return gfl::guarded(
       [&] { gfl::run_summary(gfl::describe("gfl_moments_cpu", *args), args->bins); });
+}
+
+extern "C" int gfl_distillation_cpu(const gfl_distillation_args* args) {
+  using namespace gfl;
+  return guarded([&] {
+    DistillationProblem d = describe("gfl_distillation_cpu", *args);
+    d.scale = scale_of(args->scale, args->avg_factor);
+    using D = DistillationProblem;
+    const double sum = run_blocks(table().distillation, d, d.bins, &D::pred, &D::teacher,
+                                  &D::weight, &D::grad_loss, &D::loss, &D::grad);
+    if (args->loss && args->loss->ndim == 0) write_scalar(args->loss, sum * d.scale);
+  });
+}
+
+extern "C" int gfl_decode_cpu(const gfl_decode_args* args) {
+  using namespace gfl;
+  return guarded([&] {
+    DecodeProblem d = describe("gfl_decode_cpu", *args);
+    BinValues values(args->bins, d.bins, d.pred.dtype == GFL_FLOAT64);
+    d.values.data = values.data();
+    using D = DecodeProblem;
+    run_blocks(table().decode, d, 4 * d.bins + d.classes, &D::pred, &D::points, &D::strides,
+               &D::cls, &D::limits, &D::boxes, &D::deviation, &D::score, &D::label);
+  });
 }
 
 extern "C" const char* gfl_last_error(void) { return gfl::last_error.c_str(); }

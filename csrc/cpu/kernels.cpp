@@ -1167,70 +1167,15 @@ class Distribution {
   // z_[k][u] lane i = bin k of the row at row(i).
   template <typename Row>
   __attribute__((always_inline)) void load_rows(int u, const Row& row) {
-    const int64_t stride = p_.pred.column;
-    int64_t k = 0;
-    if (stride == 1) {
-      V square[kN];
-      for (; k + kN <= bins_; k += kN) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kN; ++i) square[i] = load(row(i) + k);
-        transpose(square);
-#pragma GCC unroll 16
-        for (int j = 0; j < kN; ++j) z_[k + j][u] = square[j];
-      }
-      if (const int rest = static_cast<int>(bins_ - k); rest > kN / 4) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kN; ++i) square[i] = load_first(row(i) + k, rest);
-        transpose(square);
-#pragma GCC unroll 16
-        for (int j = 0; j < kN; ++j) {
-          if (j < rest) z_[k + j][u] = square[j];
-        }
-        return;
-      }
-    }
-    for (; k < bins_; ++k) {
-      V column;  // lane by lane: a vector loaded from an array would wait for the stores to it
-#pragma GCC unroll 16
-      for (int i = 0; i < kN; ++i) column[i] = to_number(row(i)[k * stride]);
-      z_[k][u] = column;
-    }
+    rows_to_lanes<S>(bins_, p_.pred.column, row,
+                     [&](int64_t k, V column)
+                         __attribute__((always_inline)) { z_[k][u] = column; });
   }
 
   template <typename Row>
   __attribute__((always_inline)) void store_rows(int u, int lanes, const Row& row) {
-    const int64_t stride = p_.grad.column;
-    int64_t k = 0;
-    if (stride == 1) {
-      V square[kN];
-      for (; k + kN <= bins_; k += kN) {
-#pragma GCC unroll 16
-        for (int j = 0; j < kN; ++j) square[j] = z_[k + j][u];
-        transpose(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < kN; ++i) {
-          if (i < lanes) store(row(i) + k, square[i]);
-        }
-      }
-      if (const int rest = static_cast<int>(bins_ - k); rest > kN / 4) {
-#pragma GCC unroll 16
-        for (int j = 0; j < kN; ++j) square[j] = j < rest ? z_[k + j][u] : V{};
-        transpose(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < kN; ++i) {
-          if (i < lanes) store_first(row(i) + k, square[i], rest);
-        }
-        return;
-      }
-    }
-    for (; k < bins_; ++k) {
-      S column[kN];
-      store(column, z_[k][u]);
-#pragma GCC unroll 16
-      for (int i = 0; i < kN; ++i) {
-        if (i < lanes) row(i)[k * stride] = column[i];
-      }
-    }
+    lanes_to_rows<S>(bins_, p_.grad.column, lanes, row,
+                     [&](int64_t k) __attribute__((always_inline)) { return z_[k][u]; });
   }
 
   // Gradient and loss of the block's rows of weight 0.
@@ -1326,7 +1271,11 @@ double distribution(const DistributionProblem& problem, int64_t begin, int64_t c
 #define GFL_TABLE_baseline kBaseline
 #define GFL_TABLE_avx2 kAvx2
 #define GFL_TABLE_avx512 kAvx512
-extern const KernelTable GFL_CONCAT(GFL_TABLE_, GFL_ISA) = {
-    GFL_STRING(GFL_ISA), &quality, &distribution, &GFL_CONCAT(head_, GFL_ISA)};
+extern const KernelTable GFL_CONCAT(GFL_TABLE_, GFL_ISA) = {GFL_STRING(GFL_ISA),
+                                                            &quality,
+                                                            &distribution,
+                                                            &GFL_CONCAT(head_, GFL_ISA),
+                                                            &GFL_CONCAT(decode_, GFL_ISA),
+                                                            &GFL_CONCAT(distillation_, GFL_ISA)};
 
 }  // namespace gfl

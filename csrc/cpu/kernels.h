@@ -17,12 +17,24 @@ struct KernelTable {
   double (*distribution)(const DistributionProblem&, int64_t begin, int64_t count, void* scratch);
   // Cells [begin, begin + count) of an image, count at most kHeadCells.
   HeadSums (*head)(const HeadProblem&, int64_t image, int64_t begin, int64_t count, void* scratch);
+  double (*decode)(const DecodeProblem&, int64_t begin, int64_t count, void* scratch);  // 0
+  double (*distillation)(const DistillationProblem&, int64_t begin, int64_t count, void* scratch);
 };
 
 // One function per instruction set, in head.cpp.
 HeadSums head_baseline(const HeadProblem&, int64_t, int64_t, int64_t, void*);
 HeadSums head_avx2(const HeadProblem&, int64_t, int64_t, int64_t, void*);
 HeadSums head_avx512(const HeadProblem&, int64_t, int64_t, int64_t, void*);
+
+// In decode.cpp.
+double decode_baseline(const DecodeProblem&, int64_t, int64_t, void*);
+double decode_avx2(const DecodeProblem&, int64_t, int64_t, void*);
+double decode_avx512(const DecodeProblem&, int64_t, int64_t, void*);
+
+// In distillation.cpp.
+double distillation_baseline(const DistillationProblem&, int64_t, int64_t, void*);
+double distillation_avx2(const DistillationProblem&, int64_t, int64_t, void*);
+double distillation_avx512(const DistillationProblem&, int64_t, int64_t, void*);
 
 constexpr int64_t kHeadCells = 1024;
 // Labels and positives of the cells, logits of a positive, four sides of bins with a positive per

@@ -12,6 +12,8 @@ struct Cpu {
   int run(const gfl_integral_args& args) const { return gfl_integral_cpu(&args); }
   int run(const gfl_statistics_args& args) const { return gfl_statistics_cpu(&args); }
   int run(const gfl_moments_args& args) const { return gfl_moments_cpu(&args); }
+  int run(const gfl_distillation_args& args) const { return gfl_distillation_cpu(&args); }
+  int run(const gfl_decode_args& args) const { return gfl_decode_cpu(&args); }
   int run_boxes(const gfl_head_args& args) const { return gfl_head_boxes_cpu(&args); }
   int run(const gfl_head_args& args) const { return gfl_head_cpu(&args); }
 };

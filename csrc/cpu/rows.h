@@ -79,6 +79,81 @@ void load_labels(const Operand& o, int64_t offset, int64_t stride, int64_t n, in
   for (int64_t i = 0; i < n; ++i) to[i] = to[i] >= 0 && to[i] < classes ? to[i] : -1;
 }
 
+// A row per lane: to(k, column) for each of the n columns of kLanes rows in their order, row i
+// beginning at row(i), its elements `stride` apart.
+template <typename S, typename Row, typename To>
+__attribute__((always_inline)) void rows_to_lanes(int64_t n, int64_t stride, const Row& row,
+                                                  const To& to) {
+  using V = Vector<Accumulator<S>>;
+  constexpr int kN = kLanes<Accumulator<S>>;
+  int64_t k = 0;
+  if (stride == 1) {
+    V square[kN];
+    for (; k + kN <= n; k += kN) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kN; ++i) square[i] = load(row(i) + k);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int j = 0; j < kN; ++j) to(k + j, square[j]);
+    }
+    if (const int rest = static_cast<int>(n - k); rest > kN / 4) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kN; ++i) square[i] = load_first(row(i) + k, rest);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int j = 0; j < kN; ++j) {
+        if (j < rest) to(k + j, square[j]);
+      }
+      return;
+    }
+  }
+  for (; k < n; ++k) {
+    V column;  // lane by lane: a vector loaded from an array would wait for the stores to it
+#pragma GCC unroll 16
+    for (int i = 0; i < kN; ++i) column[i] = to_number(row(i)[k * stride]);
+    to(k, column);
+  }
+}
+
+// And back, of the first `lanes`: from(k) is column k.
+template <typename S, typename Row, typename From>
+__attribute__((always_inline)) void lanes_to_rows(int64_t n, int64_t stride, int lanes,
+                                                  const Row& row, const From& from) {
+  using V = Vector<Accumulator<S>>;
+  constexpr int kN = kLanes<Accumulator<S>>;
+  int64_t k = 0;
+  if (stride == 1) {
+    V square[kN];
+    for (; k + kN <= n; k += kN) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kN; ++j) square[j] = from(k + j);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kN; ++i) {
+        if (i < lanes) store(row(i) + k, square[i]);
+      }
+    }
+    if (const int rest = static_cast<int>(n - k); rest > kN / 4) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kN; ++j) square[j] = j < rest ? from(k + j) : V{};
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kN; ++i) {
+        if (i < lanes) store_first(row(i) + k, square[i], rest);
+      }
+      return;
+    }
+  }
+  for (; k < n; ++k) {
+    S column[kN];
+    store(column, from(k));
+#pragma GCC unroll 16
+    for (int i = 0; i < kN; ++i) {
+      if (i < lanes) row(i)[k * stride] = column[i];
+    }
+  }
+}
+
 // Cuts arrays out of the scratch memory.
 class Scratch {
  public:

@@ -19,6 +19,8 @@ int gfl_distribution_cuda(const gfl_distribution_args*, void*, void*) { return r
 int gfl_integral_cuda(const gfl_integral_args*, void*) { return refuse(); }
 int gfl_statistics_cuda(const gfl_statistics_args*, void*) { return refuse(); }
 int gfl_moments_cuda(const gfl_moments_args*, void*) { return refuse(); }
+int gfl_distillation_cuda(const gfl_distillation_args*, void*, void*) { return refuse(); }
+int gfl_decode_cuda(const gfl_decode_args*, void*) { return refuse(); }
 int64_t gfl_head_cuda_workspace_bytes(const gfl_head_args*) {
   refuse();
   return -1;

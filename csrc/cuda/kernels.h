@@ -12,6 +12,9 @@ const void* quality_general_kernel_at(int dtype);
 const void* distribution_kernel_at(int dtype, int bins);
 const void* distribution_general_kernel_at(int dtype);
 const void* finish_kernel_at(int dtype);  // of the loss
+const void* distillation_kernel_at(int dtype);
+const void* decode_kernel_at(int dtype);
+const void* score_kernel_at(int dtype);  // of cls
 const void* head_class_kernel_at(int dtype, int variant);
 const void* head_class_general_kernel_at(int dtype);
 // Of the accumulation type.

@@ -37,6 +37,12 @@ const void* find(const Launch& launch) {
       return head_losses_kernel_at(launch.dtype);
     case kHeadBoxGradKernel:
       return head_box_grad_kernel_at(launch.dtype);
+    case kDistillationKernel:
+      return distillation_kernel_at(launch.dtype);
+    case kDecodeKernel:
+      return decode_kernel_at(launch.dtype);
+    case kScoreKernel:
+      return score_kernel_at(launch.dtype);
   }
   return nullptr;
 }
@@ -104,6 +110,22 @@ int gfl_statistics_cuda(const gfl_statistics_args* args, void* stream) {
 
 int gfl_moments_cuda(const gfl_moments_args* args, void* stream) {
   return gfl::run_summary("gfl_moments_cuda", *args, stream);
+}
+
+int gfl_distillation_cuda(const gfl_distillation_args* args, void* workspace, void* stream) {
+  return gfl::guarded([&] {
+    gfl::Plan plan;
+    gfl::plan("gfl_distillation_cuda", *args, static_cast<double*>(workspace), &plan);
+    gfl::run("gfl_distillation_cuda", plan, args->loss, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int gfl_decode_cuda(const gfl_decode_args* args, void* stream) {
+  return gfl::guarded([&] {
+    gfl::Plan plan;
+    gfl::plan("gfl_decode_cuda", *args, &plan);
+    gfl::run("gfl_decode_cuda", plan, nullptr, static_cast<cudaStream_t>(stream));
+  });
 }
 
 int64_t gfl_head_cuda_workspace_bytes(const gfl_head_args* args) {

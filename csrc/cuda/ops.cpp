@@ -57,6 +57,11 @@ class Cuda {
   int run(const gfl_integral_args& args) const { return gfl_integral_cuda(&args, stream_); }
   int run(const gfl_statistics_args& args) const { return gfl_statistics_cuda(&args, stream_); }
   int run(const gfl_moments_args& args) const { return gfl_moments_cuda(&args, stream_); }
+  int run(const gfl_distillation_args& args) const {
+    const Workspace workspace(place(), args.loss);
+    return gfl_distillation_cuda(&args, workspace.data(), stream_);
+  }
+  int run(const gfl_decode_args& args) const { return gfl_decode_cuda(&args, stream_); }
   int run_boxes(const gfl_head_args& args) const {
     const int64_t bytes = gfl_head_cuda_workspace_bytes(&args);
     if (bytes < 0) return 1;

@@ -119,7 +119,10 @@ void set_kernel(Launch* launch, KernelFamily family, int dtype, int variant = -1
                                       "head_class_kernel",
                                       "head_class_general_kernel",
                                       "head_losses_kernel",
-                                      "head_box_grad_kernel"};
+                                      "head_box_grad_kernel",
+                                      "distillation_kernel",
+                                      "decode_kernel",
+                                      "score_kernel"};
   launch->family = family;
   launch->dtype = dtype;
   launch->variant = variant;
@@ -651,6 +654,89 @@ void plan(const char* name, const gfl_moments_args& args, Plan* plan) {
   plan_summary(describe(name, args), args.bins, plan);
 }
 
+void plan(const char* name, const gfl_distillation_args& args, double* workspace, Plan* plan) {
+  *plan = {};
+  const DistillationProblem d = describe(name, args);
+  const bool sum = is_sum(args.loss);
+  if (sum) check_workspace(name, workspace);
+  DistillationShape s{};
+  s.rows = rows_of(d.ndim, d.size);
+  if (s.rows.count == 0 || (!args.loss && !args.grad)) return;
+  s.scale = scale_of(name, args.scale, args.avg_factor);
+  s.inverse_temperature = 1 / d.temperature;
+  s.bins = d.bins;
+  s.pred = steps_of(d.pred, d.ndim);
+  s.teacher = steps_of(d.teacher, d.ndim);
+  s.weight = steps_of(d.weight, d.ndim);
+  s.upstream = steps_of(d.grad_loss, d.ndim);
+  s.loss = steps_of(d.loss, d.ndim);
+  s.grad = steps_of(d.grad, d.ndim);
+  s.lane_bits = d.pred.column == 1 ? std::max(3, lane_bits_for(d.bins)) : 0;
+  Launch* const launch = &plan->launches[plan->count++];
+  set_kernel(launch, kDistillationKernel, d.pred.dtype);
+  set_grid(launch, ceil_div(s.rows.count, kDistributionThreads >> s.lane_bits),
+           kDistributionThreads);
+  for (const Operand* operand : {&d.pred, &d.teacher, &d.weight, &d.grad_loss}) {
+    add_argument(launch, static_cast<const void*>(operand->data));
+  }
+  add_argument(launch, data_of(args.avg_factor));
+  add_argument(launch, static_cast<void*>(d.loss.data));
+  add_argument(launch, sum ? workspace : nullptr);
+  add_argument(launch, static_cast<void*>(d.grad.data));
+  add_argument(launch, s);
+  if (sum) add_finish(plan, workspace, args.loss, args.avg_factor, s.scale);
+}
+
+void plan(const char* name, const gfl_decode_args& args, Plan* plan) {
+  *plan = {};
+  DecodeProblem d = describe(name, args);
+  if (args.bins) {
+    d.values.data = static_cast<char*>(args.bins->data);
+    d.values.column = args.bins->strides[0];
+  }
+  DecodeShape s{};
+  s.rows = rows_of(d.ndim, d.size);
+  if (s.rows.count == 0) return;
+  if (d.bins > kSmall || d.classes > kSmall) fail(std::string(name) + ": too many channels");
+  s.stride = d.stride;
+  s.height = d.height;
+  s.width = d.width;
+  s.bins = static_cast<int32_t>(d.bins);
+  s.classes = static_cast<int32_t>(d.classes);
+  s.window = static_cast<int32_t>(std::min<int64_t>(d.window, d.bins));
+  s.clips = d.clips;
+  s.planes = d.pred.column != 1;
+  const struct {
+    Steps* steps;
+    const Operand* operand;
+  } operands[] = {{&s.pred, &d.pred},     {&s.points, &d.points}, {&s.strides, &d.strides},
+                  {&s.limits, &d.limits}, {&s.boxes, &d.boxes},   {&s.deviation, &d.deviation},
+                  {&s.cls, &d.cls},       {&s.score, &d.score},   {&s.label, &d.label}};
+  for (const auto& [steps, operand] : operands) *steps = steps_of(*operand, d.ndim);
+  s.values = steps_of(d.values, 0);
+  s.simple = simple(s.rows, {&s.pred, &s.points, &s.strides, &s.limits, &s.boxes, &s.deviation,
+                             &s.cls, &s.score, &s.label});
+  Launch* launch = &plan->launches[plan->count++];
+  set_kernel(launch, kDecodeKernel, d.pred.dtype);
+  set_grid(launch, ceil_div(s.rows.count, kDecodeThreads / (s.planes ? 1 : 4 * kDecodeLanes)),
+           kDecodeThreads);
+  for (const Operand* operand : {&d.pred, &d.points, &d.strides, &d.values, &d.limits}) {
+    add_argument(launch, static_cast<const void*>(operand->data));
+  }
+  add_argument(launch, static_cast<void*>(d.boxes.data));
+  add_argument(launch, static_cast<void*>(d.deviation.data));
+  add_argument(launch, s);
+  if (!d.cls.data) return;
+  s.lane_bits = d.cls.column == 1 ? lane_bits_for(d.classes) : 0;
+  launch = &plan->launches[plan->count++];
+  set_kernel(launch, kScoreKernel, d.cls.dtype);
+  set_grid(launch, ceil_div(s.rows.count, kDecodeThreads >> s.lane_bits), kDecodeThreads);
+  add_argument(launch, static_cast<const void*>(d.cls.data));
+  add_argument(launch, static_cast<void*>(d.score.data));
+  add_argument(launch, static_cast<void*>(d.label.data));
+  add_argument(launch, s);
+}
+
 int64_t head_workspace(const char* name, const gfl_head_args& args) {
   return Head(name, args).workspace();
 }
@@ -696,6 +782,13 @@ GFL_API int gfl_statistics_cuda_plan(const gfl_statistics_args* args, gfl::Plan*
 }
 GFL_API int gfl_moments_cuda_plan(const gfl_moments_args* args, gfl::Plan* plan) {
   return gfl::guarded([&] { gfl::plan("gfl_moments_cuda", *args, plan); });
+}
+GFL_API int gfl_distillation_cuda_plan(const gfl_distillation_args* args, double* workspace,
+                                       gfl::Plan* plan) {
+  return gfl::guarded([&] { gfl::plan("gfl_distillation_cuda", *args, workspace, plan); });
+}
+GFL_API int gfl_decode_cuda_plan(const gfl_decode_args* args, gfl::Plan* plan) {
+  return gfl::guarded([&] { gfl::plan("gfl_decode_cuda", *args, plan); });
 }
 GFL_API int gfl_head_boxes_cuda_plan(const gfl_head_args* args, double* workspace,
                                      gfl::Plan* plan) {

@@ -17,7 +17,10 @@ enum KernelFamily : int32_t {
   kHeadClassKernel,
   kHeadClassGeneralKernel,
   kHeadLossesKernel,
-  kHeadBoxGradKernel
+  kHeadBoxGradKernel,
+  kDistillationKernel,
+  kDecodeKernel,
+  kScoreKernel
 };
 
 struct Launch {
@@ -44,6 +47,8 @@ void plan(const char* name, const gfl_distribution_args& args, double* workspace
 void plan(const char* name, const gfl_integral_args& args, Plan* plan);
 void plan(const char* name, const gfl_statistics_args& args, Plan* plan);
 void plan(const char* name, const gfl_moments_args& args, Plan* plan);
+void plan(const char* name, const gfl_distillation_args& args, double* workspace, Plan* plan);
+void plan(const char* name, const gfl_decode_args& args, Plan* plan);
 
 // workspace: head_workspace(args) doubles. Without anchors the sums are launched all the same.
 int64_t head_workspace(const char* name, const gfl_head_args& args);

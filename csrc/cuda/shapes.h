@@ -98,6 +98,31 @@ struct DistributionShape {
   uint32_t bins_magic;
 };
 
+struct DistillationShape {
+  RowShape rows;
+  Steps pred, teacher, weight, upstream, loss, grad;
+  Scale scale;
+  double inverse_temperature;
+  int64_t bins;
+  int32_t lane_bits;  // 2^lane_bits threads share a row
+};
+
+// Decoding.
+constexpr int kDecodeThreads = 128;
+constexpr int kDecodeLanes =
+    4;  // for each of the four sides of a row whose channels are neighbours
+
+struct DecodeShape {
+  RowShape rows;
+  Steps pred, points, strides, values, limits, boxes, deviation, cls, score, label;
+  double stride, height, width;
+  int32_t bins, classes;
+  int32_t window;     // < 0: of all bins
+  int32_t lane_bits;  // of score_kernel: 2^lane_bits threads share a row
+  bool clips, planes;
+  bool simple;  // a row is found in 32 bits
+};
+
 // Heads: all levels of a pyramid in one launch, a block to a tile, which is neighbouring cells of
 // one image of one level. One structure serves all stages; each has its own tiles.
 constexpr int kMaxHeadLevels = 12;  // as 4 KiB of kernel parameters allow

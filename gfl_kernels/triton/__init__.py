@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .decode import decode_boxes
+from .distillation import distillation_backward, distillation_forward
 from .distribution import distribution_backward, distribution_forward
 from .head import head_backward, head_boxes, head_forward
 from .quality import quality_backward, quality_forward
@@ -15,6 +17,9 @@ from .statistics import (
 )
 
 __all__ = [
+    "decode_boxes",
+    "distillation_backward",
+    "distillation_forward",
     "distribution_backward",
     "distribution_forward",
     "head_backward",

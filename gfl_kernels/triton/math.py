@@ -679,7 +679,48 @@ def moments_grad(p, y, s, mean, variance, mean_s, by_mean, by_variance, by_entro
     return p * by_p - by_entropy * entropy_term(p, s - mean_s)
 
 
+@triton.jit
+def distillation_term(p_teacher, gap):
+    """A term of distillation: with a = (z - max z) / T of student and teacher, p = softmax(a), the
+    teacher's a constant, KL(p_t || p_s) = sum_k p_t,k (a_t,k - a_s,k) + log sum_k exp(a_s,k) -
+    log sum_k exp(a_t,k). A bin of p_t = 0 has no part in it.
+    """
+    return tl.where(p_teacher == 0.0, p_teacher, p_teacher * gap)
+
+
+@triton.jit
+def distillation_loss(sum_of_terms, log_sum, log_sum_teacher):
+    return sum_of_terms + (log_sum - log_sum_teacher)
+
+
+@triton.jit
+def distillation_grad(p, p_teacher):
+    """T dKL/dz_k = p_s,k - p_t,k."""
+    return p - p_teacher
+
+
 # Box term. Boxes are (x1, y1, x2, y2) in units of the stride.
+
+
+@triton.jit
+def decode_side(SIDE: tl.constexpr, point, distance):
+    """The box's coordinate at a distance from a point's: decode_box of a side."""
+    if SIDE < 2:
+        return point - distance
+    else:
+        return point + distance
+
+
+@triton.jit
+def clip_coordinate(x, limit):
+    """x clamped into [0, limit], the image. NaN stays NaN."""
+    return tl.where(x < 0.0, 0.0, tl.where(x > limit, limit, x))
+
+
+@triton.jit
+def surpasses(x, high):
+    """Whether x comes before the highest logit so far: it is larger, or the first NaN."""
+    return (x > high) | ((x != x) & (high == high))
 
 
 @triton.jit

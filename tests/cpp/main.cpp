@@ -1,4 +1,4 @@
-// Calls the three losses through the C interface on a few numbers and compares values and gradients
+// Calls the kernels through the C interface on a few numbers and compares values and gradients
 // with the formulas, evaluated here in double. Prints the instruction set and the worst error;
 // exits 1 on a mismatch.
 #include <cmath>
@@ -223,6 +223,62 @@ void moments() {
   }
 }
 
+// KL divergence of a distribution from itself and from another, and its gradient.
+void distillation() {
+  constexpr int N = 2, K = 3;
+  float z[N][K] = {{0.5f, -1, 2}, {1, 0, -2}}, teacher[N][K] = {{0.5f, -1, 2}, {-1, 2, 0.5f}},
+        loss[N], grad[N][K];
+  View pred(z, GFL_FLOAT32, {N, K}), t(teacher, GFL_FLOAT32, {N, K}), out(loss, GFL_FLOAT32, {N}),
+      g(grad, GFL_FLOAT32, {N, K});
+  gfl_distillation_args args = {};
+  args.pred = pred.get();
+  args.teacher = t.get();
+  args.loss = out.get();
+  args.grad = g.get();
+  args.temperature = 1;
+  args.scale = 0.5;
+  require_ok(gfl_distillation_cpu(&args));
+  for (int i = 0; i < N; ++i) {
+    const std::vector<double> p = softmax(z[i], K), q = softmax(teacher[i], K);
+    double divergence = 0;
+    for (int k = 0; k < K; ++k) divergence += q[k] * std::log(q[k] / p[k]);
+    expect("distillation", loss[i], 0.5 * divergence);
+    for (int k = 0; k < K; ++k) {
+      expect("distillation gradient", grad[i][k], 0.5 * (p[k] - q[k]));
+    }
+  }
+}
+
+// A box of equal logits about a point, clipped on its right, and the best of two classes.
+void decode() {
+  constexpr int K = 5;
+  float z[4 * K] = {}, point[2] = {20, 30}, cls[2] = {-1, 3}, box[4], deviation[4], score;
+  int64_t label;
+  View pred(z, GFL_FLOAT32, {1, 4 * K}), p(point, GFL_FLOAT32, {1, 2}), c(cls, GFL_FLOAT32, {1, 2}),
+      b(box, GFL_FLOAT32, {1, 4}), d(deviation, GFL_FLOAT32, {1, 4}), s(&score, GFL_FLOAT32, {1}),
+      l(&label, GFL_INT64, {1});
+  gfl_decode_args args = {};
+  args.pred = pred.get();
+  args.points = p.get();
+  args.cls = c.get();
+  args.boxes = b.get();
+  args.deviation = d.get();
+  args.score = s.get();
+  args.label = l.get();
+  args.stride = 8;
+  args.height = 50;
+  args.width = 30;
+  args.window = -1;
+  require_ok(gfl_decode_cpu(&args));
+  const double expected[] = {20 - 16, 30 - 16, 30, 30 + 16};
+  for (int side = 0; side < 4; ++side) {
+    expect("decoded box", box[side], expected[side]);
+    expect("deviation", deviation[side], 8 * std::sqrt(2.0));
+  }
+  expect("score", score, 1 / (1 + std::exp(-3.0)));
+  expect("label", static_cast<double>(label), 1);
+}
+
 // Two anchors of equal logits, one positive whose box is the target: IoU 1, GIoU loss 0, log K a
 // side; every class at |s - q| = 1 / 2 and log 2.
 void head() {
@@ -319,6 +375,8 @@ int main() {
   integral();
   statistics();
   moments();
+  distillation();
+  decode();
   head();
   refusal();
   std::printf("gfl_kernels %s on %s: worst error %.2g\n", gfl_version(), isa, worst_error);

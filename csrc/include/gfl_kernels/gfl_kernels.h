@@ -215,6 +215,45 @@ GFL_API int64_t gfl_head_cuda_workspace_bytes(const gfl_head_args* args);
 GFL_API int gfl_head_boxes_cuda(const gfl_head_args* args, void* workspace, void* stream);
 GFL_API int gfl_head_cuda(const gfl_head_args* args, void* workspace, void* stream);
 
+/* Distillation: L = KL(softmax(teacher / temperature) || softmax(pred / temperature)) of each row,
+ * the teacher a constant. */
+typedef struct {
+  const gfl_view* pred;       /* [..., K] */
+  const gfl_view* teacher;    /* [..., K] logits in pred's dtype */
+  const gfl_view* weight;     /* [...] optional */
+  const gfl_view* avg_factor; /* one element, optional */
+  const gfl_view* grad_loss;  /* [...] or [], optional (1) */
+  const gfl_view* loss;       /* [...] or [], optional */
+  const gfl_view* grad;       /* [..., K], optional */
+  double temperature;
+  double scale;
+} gfl_distillation_args;
+
+GFL_API int gfl_distillation_cpu(const gfl_distillation_args* args);
+GFL_API int gfl_distillation_cuda(const gfl_distillation_args* args, void* workspace, void* stream);
+
+/* Distributions to boxes: x1, y1, x2, y2 = the point less and plus stride * E of the sides left,
+ * top, right and bottom, clipped to [0, width] and [0, height]; with cls the highest sigmoid of
+ * each row and its class. Results are float32, float64 for float64. */
+typedef struct {
+  const gfl_view* pred;      /* [..., 4 K]  side * K + bin; float32, float64, bfloat16 or float16 */
+  const gfl_view* points;    /* [..., 2]    x, y */
+  const gfl_view* strides;   /* [...]       optional, instead of stride */
+  const gfl_view* bins;      /* [K]         optional: 0, 1, ...; in the dtype of the results */
+  const gfl_view* cls;       /* [..., C]    optional logits, float64 if pred is */
+  const gfl_view* limits;    /* [..., 2]    optional, instead of height and width */
+  const gfl_view* boxes;     /* [..., 4] */
+  const gfl_view* deviation; /* [..., 4]    optional: stride * standard deviation of the sides */
+  const gfl_view* score;     /* [...]       with cls */
+  const gfl_view* label;     /* [...]       with cls, int64 */
+  double stride;
+  double height, width; /* negative: boxes are not clipped */
+  int64_t window;       /* E of the bins at most so many from the highest; negative: of all */
+} gfl_decode_args;
+
+GFL_API int gfl_decode_cpu(const gfl_decode_args* args);
+GFL_API int gfl_decode_cuda(const gfl_decode_args* args, void* stream);
+
 GFL_API const char* gfl_last_error(void);
 
 /* "0.1.0" */
