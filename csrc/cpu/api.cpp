@@ -73,10 +73,13 @@ double scale_of(double scale, const gfl_view* avg_factor) {
   fail("avg_factor has an unknown dtype");
 }
 
-int64_t most_rows(const QualityProblem& q) {
-  return in_planes(q) ? kPlaneRows : kBlock / q.classes;
+template <typename P>
+int64_t most_rows(const P&, int64_t columns) {
+  return std::max<int64_t>(1, kBlock / columns);
 }
-int64_t most_rows(const DistributionProblem& d) { return kBlock / d.bins; }
+int64_t most_rows(const QualityProblem& q, int64_t columns) {
+  return in_planes(q) ? kPlaneRows : std::max<int64_t>(1, kBlock / columns);
+}
 
 // Rows of a block: blocks of about the same size, at most `most` rows, that end where vectors and
 // the kernels' groups of rows do.
@@ -95,7 +98,7 @@ double run_blocks(double (*kernel)(const P&, int64_t, int64_t, void*), const P& 
   const int64_t length = problem.size[inner];
   int64_t outer = 1;
   for (int d = 0; d < inner; ++d) outer *= problem.size[d];
-  const int64_t step = rows_of_block(length, std::max<int64_t>(1, most_rows(problem)));
+  const int64_t step = rows_of_block(length, most_rows(problem, columns));
   const int64_t per_run = (length + step - 1) / step, blocks = outer * per_run;
   if (blocks == 0) return 0;
 
