@@ -2,6 +2,7 @@
 
 import gc
 import os
+import types
 
 # Idle threads of OpenMP spin, on the cores of the other workers. Read once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -11,6 +12,7 @@ import torch
 from support import BACKENDS, FUSED, INTERPRETED, Backend, expect_native, why_not
 
 import gfl_kernels
+from gfl_kernels.adapters.mmdet import allow_mmcv_lite
 
 try:
     import hypothesis
@@ -51,6 +53,24 @@ def fused(request):
 def native():
     """For tests that need the compiled library itself."""
     _usable("cpu")
+
+
+@pytest.fixture(scope="session")
+def mmdet():
+    """mmdetection's classes, with mmcv-lite: these need no compiled operation."""
+    pytest.importorskip("mmcv", reason="mmdetection's losses need mmcv-lite: it is not installed")
+    allow_mmcv_lite()
+    package = pytest.importorskip("mmdet", reason="mmdetection is not installed")
+    assert package.__version__ == "3.3.0"
+    from mmdet.models.dense_heads import gfl_head
+    from mmdet.models.losses import gfocal_loss
+
+    return types.SimpleNamespace(
+        QualityFocalLoss=gfocal_loss.QualityFocalLoss,
+        DistributionFocalLoss=gfocal_loss.DistributionFocalLoss,
+        Integral=gfl_head.Integral,
+        GFLHead=gfl_head.GFLHead,
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,90 @@
+"""mmdetection's functions and methods, translated. Each takes what it replaces as its first argument;
+the others are those of its original, which Report.replace checks."""
+
+from __future__ import annotations
+
+from ..functional import (
+    _distribution_focal_loss,
+    _quality_focal_loss,
+    distribution_focal_loss,
+    integral,
+    quality_focal_loss,
+)
+
+
+def quality(original, pred, target, weight=None, reduction="mean", avg_factor=None, beta=2.0):
+    return quality_focal_loss(
+        pred, target, beta=beta, weight=weight, avg_factor=avg_factor, reduction=reduction
+    )
+
+
+def quality_dense(
+    original,
+    pred,
+    target,
+    weight=None,
+    reduction="mean",
+    avg_factor=None,
+    beta=2.0,
+    activated=False,
+):
+    # Upstream sums over dimension 1, whatever follows.
+    return quality_focal_loss(
+        pred,
+        target,
+        beta=beta,
+        weight=weight,
+        avg_factor=avg_factor,
+        reduction=reduction,
+        activated=activated,
+        class_dim=-1 if pred.dim() == 2 else 1,
+    )
+
+
+def quality_of_probabilities(
+    original, pred, target, weight=None, reduction="mean", avg_factor=None, beta=2.0
+):
+    return quality_focal_loss(
+        pred,
+        target,
+        beta=beta,
+        weight=weight,
+        avg_factor=avg_factor,
+        reduction=reduction,
+        activated=True,
+    )
+
+
+def distribution(original, pred, target, weight=None, reduction="mean", avg_factor=None):
+    return distribution_focal_loss(
+        pred, target, weight=weight, avg_factor=avg_factor, reduction=reduction
+    )
+
+
+def quality_module(
+    original, self, pred, target, weight=None, avg_factor=None, reduction_override=None
+):
+    return _quality_focal_loss(
+        pred,
+        target,
+        self.beta,
+        weight,
+        avg_factor,
+        reduction_override or self.reduction,
+        getattr(self, "activated", False),
+        -1,
+        self.loss_weight,
+    )
+
+
+def distribution_module(
+    original, self, pred, target, weight=None, avg_factor=None, reduction_override=None
+):
+    return _distribution_focal_loss(
+        pred, target, weight, avg_factor, reduction_override or self.reduction, -1, self.loss_weight
+    )
+
+
+def integral_module(original, self, x):
+    """In x's dtype, as the host's; computed in float32."""
+    return integral(x.reshape(-1, self.reg_max + 1), bins=self.project).reshape(-1, 4).to(x.dtype)
