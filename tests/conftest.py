@@ -12,6 +12,7 @@ import torch
 from support import BACKENDS, FUSED, INTERPRETED, Backend, expect_native, why_not
 
 import gfl_kernels
+from gfl_kernels.adapters import restore
 from gfl_kernels.adapters.mmdet import allow_mmcv_lite
 
 try:
@@ -73,9 +74,25 @@ def mmdet():
     )
 
 
+@pytest.fixture(scope="session")
+def ultralytics(tmp_path_factory):
+    """The package, with its settings in a folder of the tests' and no look at the network."""
+    os.environ.setdefault("YOLO_CONFIG_DIR", str(tmp_path_factory.mktemp("ultralytics")))
+    os.environ.setdefault("YOLO_OFFLINE", "true")
+    package = pytest.importorskip("ultralytics", reason="ultralytics is not installed")
+    assert package.__version__.startswith("8.4.")
+    return package
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_host_is_left_patched():
+    yield
+    restore()
 
 
 def pytest_collection_finish():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import types
 from contextlib import nullcontext
 
 import torch
@@ -119,3 +120,51 @@ def assert_same_training(got, expected, eps=2e-6):
     for i, (a, b) in enumerate(zip(got[1], expected[1], strict=True)):
         size = float(b.abs().max()) if b.numel() else 0.0
         torch.testing.assert_close(a, b, rtol=0, atol=eps * size, msg=lambda m, i=i: f"{i}: {m}")
+
+
+# ---- Ultralytics
+
+SIZES = ((8, 8), (4, 4), (2, 2))
+STRIDES = (8.0, 16.0, 32.0)
+
+
+def detection_loss(kind=None, reg_max=16):
+    """A v8DetectionLoss, without the model it is made from."""
+    from ultralytics.utils.loss import v8DetectionLoss
+
+    parameter = nn.Parameter(torch.zeros(1))
+    detect = types.SimpleNamespace(stride=torch.tensor(STRIDES), nc=CLASSES, reg_max=reg_max)
+    model = types.SimpleNamespace(
+        args=types.SimpleNamespace(box=7.5, cls=0.5, dfl=1.5),
+        model=[detect],
+        parameters=lambda: iter([parameter]),
+    )
+    return (kind or v8DetectionLoss)(model)
+
+
+def detection_batch(seed=0, counts=(3, 2), dtype=torch.float32, reg_max=16):
+    """(leaves [scores, boxes], the other predictions, the batch)."""
+    random = torch.Generator().manual_seed(seed)
+    anchors = sum(h * w for h, w in SIZES)
+    leaves = [
+        (torch.randn(len(counts), channels, anchors, generator=random) * 2).to(dtype)
+        for channels in (CLASSES, 4 * reg_max)
+    ]
+    feats = [torch.zeros(len(counts), 1, *size, dtype=dtype) for size in SIZES]
+    images = torch.cat([torch.full((n,), float(i)) for i, n in enumerate(counts)])
+    batch = {
+        "batch_idx": images,
+        "cls": torch.randint(CLASSES, (len(images), 1), generator=random).float(),
+        "bboxes": torch.rand(len(images), 4, generator=random) * 0.4 + 0.3,
+    }
+    return leaves, {"feats": feats}, batch
+
+
+def detection_run(criterion, prepared, target=None):
+    """(losses [3], gradients of scores and boxes) and the items for the log."""
+    leaves, others, batch = prepared
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    with accelerate(target) if target is not None else nullcontext():
+        losses, items = criterion({"scores": leaves[0], "boxes": leaves[1], **others}, batch)
+        losses.sum().backward()
+    return (losses.detach(), [leaf.grad for leaf in leaves]), items

@@ -124,6 +124,11 @@ class Report:
         self._set(instance, name, current, Bound(function, instance, name), label)
         return True
 
+    def stands_for(self, owner: Any, name: str) -> bool:
+        """Whether owner.name is a replacement already."""
+        current = vars(owner).get(name, getattr(type(owner), name, None))
+        return isinstance(current, Bound) or hasattr(current, "_gfl_kernels_original")
+
     def _set(self, owner, name, before, now, label) -> None:
         replacement = Replacement(owner, name, before, now)
         setattr(owner, name, now)
@@ -168,6 +173,8 @@ def accelerate(target: str | nn.Module | types.ModuleType) -> Report:
         RuntimeError: its version is not one that was checked.
         TypeError: target is none of these.
     """
+    if isinstance(target, types.ModuleType) and target.__name__ in HOSTS:
+        target = target.__name__
     if isinstance(target, str):
         report = Report(target)
         _host(target).plan(report)
@@ -229,9 +236,8 @@ def _host(name: str):
 
 def _belongs(owner: Any, target: str | types.ModuleType) -> bool:
     home = owner.__name__ if isinstance(owner, types.ModuleType) else owner.__module__
-    if isinstance(target, types.ModuleType):
-        return home == target.__name__
-    return home.partition(".")[0] == target
+    name = target if isinstance(target, str) else target.__name__
+    return home == name or home.startswith(f"{name}.")
 
 
 def qualified(owner: Any, name: str) -> str:

@@ -1,5 +1,8 @@
-"""mmdetection's functions and methods, translated. Each takes what it replaces as its first argument;
-the others are those of its original, which Report.replace checks."""
+"""Functions and methods of mmdetection and of code that descends from it, translated.
+
+Each takes what it replaces as its first argument; the others are those of its original, which
+Report.replace checks.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,28 @@ from ..functional import (
 def quality(original, pred, target, weight=None, reduction="mean", avg_factor=None, beta=2.0):
     return quality_focal_loss(
         pred, target, beta=beta, weight=weight, avg_factor=avg_factor, reduction=reduction
+    )
+
+
+def quality_or_probabilities(
+    original,
+    pred,
+    target,
+    weight=None,
+    reduction="mean",
+    avg_factor=None,
+    beta=2.0,
+    use_sigmoid=True,
+):
+    """GFocalV2's."""
+    return quality_focal_loss(
+        pred,
+        target,
+        beta=beta,
+        weight=weight,
+        avg_factor=avg_factor,
+        reduction=reduction,
+        activated=not use_sigmoid,
     )
 
 
@@ -88,3 +113,36 @@ def distribution_module(
 def integral_module(original, self, x):
     """In x's dtype, as the host's; computed in float32."""
     return integral(x.reshape(-1, self.reg_max + 1), bins=self.project).reshape(-1, 4).to(x.dtype)
+
+
+def integral_of_sides(original, self, x):
+    """NanoDet's, which keeps the leading dimensions: [..., 4 (reg_max + 1)] -> [..., 4]."""
+    rows = x.reshape(*x.shape[:-1], 4, self.reg_max + 1)
+    return integral(rows, bins=self.project).to(x.dtype)
+
+
+def integral_of_project(original, self, x, project):
+    """D-FINE's, whose bins are an argument: [..., 4 (reg_max + 1)] -> [..., 4]."""
+    rows = x.reshape(*x.shape[:-1], 4, self.reg_max + 1)
+    return integral(rows, bins=project.to(x.device).view(-1)).to(x.dtype)
+
+
+def fine_grained(
+    original,
+    self,
+    pred,
+    label,
+    weight_right,
+    weight_left,
+    weight=None,
+    reduction="sum",
+    avg_factor=None,
+):
+    """D-FINE's unimodal_distribution_focal_loss: explicit bins and weights, no eps."""
+    loss = distribution_focal_loss(
+        pred,
+        (label, weight_left.reshape(-1), weight_right.reshape(-1)),
+        weight=weight,
+        reduction="sum" if avg_factor is not None else reduction,
+    )
+    return loss if avg_factor is None else loss / avg_factor

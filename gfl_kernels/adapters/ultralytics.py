@@ -1,5 +1,5 @@
-"""Ultralytics (AGPL-3.0): patched at run time. Nothing here is taken from its code; where one of its
-methods is replaced as a whole, its own code still runs for what is not a loss."""
+"""Ultralytics (AGPL-3.0): patched at run time. Nothing here is taken from its code; where one of
+its methods is replaced as a whole, its own code still runs for what is not a loss."""
 
 from __future__ import annotations
 
@@ -124,9 +124,10 @@ class _Assignment:
         return pred.new_zeros(())
 
     def bbox_loss(
-        self, _dist, _boxes, points, target_boxes, target_scores, _sum, foreground, *_others
+        self, _dist, _boxes, points, target_boxes, target_scores, divisor, foreground, *_others
     ):
         self.targets = points, target_scores, target_boxes, foreground
+        self.divisor = divisor  # of this process alone, as Ultralytics trains
         zero = points.new_zeros(())
         return zero, zero
 
@@ -149,6 +150,7 @@ def detection_loss(original, self, preds, batch, **assign_kwargs):
         *assignment.targets,
         channel_dim=1,
         loss_weights=gains,
+        avg_factor=assignment.divisor,
     )
     loss = torch.stack([out.loss_bbox, out.loss_cls, out.loss_dfl]).to(loss.dtype)
     return assigned, loss, dict(zip(self.loss_names, loss.detach(), strict=True))
