@@ -49,6 +49,11 @@ WORK = {
     ("qfl", "sparse"): _loss(lambda n, c, b: 8 + b),  # int64 label, score in the logits' dtype
     ("qfl", "dense"): _loss(lambda n, c, b: c * b),
     ("qfl", "probability"): _loss(lambda n, c, b: 8 + b),
+    ("vfl", "dense"): _loss(lambda n, c, b: c * b),
+    ("vfl", "sparse"): _loss(lambda n, c, b: 8 + b),
+    ("focal", "dense"): _loss(lambda n, c, b: c * b),
+    ("focal", "sparse"): _loss(lambda n, c, b: 8),
+    ("mal", "sparse"): _loss(lambda n, c, b: 8 + b),
     ("dfl", ""): _loss(lambda n, c, b: 4),  # float32 also with half logits
     ("integral", ""): Work(
         targets=lambda n, c, b: 0,
@@ -117,6 +122,10 @@ QFL_DENSE = Case("qfl", "dense", (COCO_LARGE, 80), note="COCO", passes=PASSES, q
 DFL_LARGE = Case("dfl", "", (SIDES, 17), passes=PASSES, quick=True)
 DFL_SMALL = Case("dfl", "", (FEW_SIDES, 17), passes=PASSES, quick=True)
 INTEGRAL = Case("integral", "", (SIDES, 17), passes=PASSES, quick=True)
+# The rest of the quality family, as hosts call it: without row weights.
+VFL = Case("vfl", "dense", (COCO, 80), note="VFNet, PicoDet", weighted=False, quick=True)
+FOCAL = Case("focal", "dense", (COCO, 80), note="torchvision", weighted=False, quick=True)
+MAL = Case("mal", "sparse", (COCO, 80), note="DEIM", weighted=False, quick=True)
 TINY = Case("qfl", "sparse", (64, 80), note="one call", weighted=False, passes=PASSES, quick=True)
 
 CASES = (
@@ -134,6 +143,11 @@ CASES = (
     Case("qfl", "sparse", (COCO, 80), "float16", "COCO"),
     Case("qfl", "dense", (COCO_LARGE, 80), "bfloat16", "COCO"),
     Case("qfl", "dense", (COCO_LARGE, 80), "float16", "COCO"),
+    VFL,
+    Case("vfl", "sparse", (COCO, 80), note="RT-DETR, D-FINE", weighted=False),
+    FOCAL,
+    Case("focal", "sparse", (COCO, 80), note="labels", weighted=False),
+    MAL,
     DFL_LARGE,
     Case("dfl", "", (SIDES, 16)),
     Case("dfl", "", (SIDES, 8)),
@@ -184,6 +198,9 @@ def _speedups(
 REQUIREMENTS = (
     *_speedups("QFL 44800 x 80 sparse", QFL_SPARSE, (14, 20), (5.5, 8)),
     *_speedups("QFL 134400 x 80 dense", QFL_DENSE, (14, 20), (5, 6.5)),
+    Requirement("VFL 44800 x 80 dense against eager", "eager", VFL, 10, None, True),
+    Requirement("Focal Loss 44800 x 80 dense against eager", "eager", FOCAL, 10, None, True),
+    Requirement("MAL 44800 x 80 sparse against eager", "eager", MAL, 10, None, True),
     *_speedups("DFL 179200 x 17", DFL_LARGE, (13, 18), (5, 7.5)),
     *_speedups("DFL 2400 x 17", DFL_SMALL, (5, 8), (5, 6.5)),
     *_speedups("Integral 179200 x 17", INTEGRAL, (4.5, 6), (3.5, 4.5)),

@@ -19,7 +19,14 @@ NAMES = {
     "compile": "torch.compile, its fastest form",
     OURS: "gfl_kernels",
 }
-FAMILIES = {"qfl": "Quality Focal Loss", "dfl": "Distribution Focal Loss", "integral": "Integral"}
+FAMILIES = {
+    "qfl": "Quality Focal Loss",
+    "vfl": "Varifocal Loss",
+    "focal": "Focal Loss",
+    "mal": "Matchability-Aware Loss",
+    "dfl": "Distribution Focal Loss",
+    "integral": "Integral",
+}
 DOTS = (0, (1.2, 1.0))
 LINE, HEADER, TITLE, TICKS = 0.36, 0.8, 0.42, 0.5  # inches: a case, the head, a panel's title
 STREAMED_BYTES = 1 << 20  # below that a call costs its overhead, and a copy says nothing about it

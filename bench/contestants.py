@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,28 @@ EAGER = "eager"
 OURS = "ours"
 COMPILE = "compile: "  # prefix of every torch.compile form
 # --quick leaves these forms out to stay under two minutes; the full run times every form.
-NOT_QUICK = {"qfl": ["as is"], "dfl": ["one log-softmax"], "integral": []}
+NOT_QUICK = {
+    "qfl": ["as is"],
+    "vfl": ["as is"],
+    "focal": ["as is"],
+    "mal": ["as is"],
+    "dfl": ["one log-softmax"],
+}
 SEED = 20201
 POSITIVES = 0.01  # share of anchors with an object, as ATSS assigns them on COCO
+
+# The rest of the quality family, op and form -> (losses per element as hosts write them, ours). The
+# sums of both are divided by the number of rows.
+FAMILY = {
+    ("vfl", "dense"): (eager.varifocal_loss, gfl_kernels.varifocal_loss),
+    ("vfl", "sparse"): (
+        eager.detached_varifocal_loss,
+        partial(gfl_kernels.varifocal_loss, alpha=0.2, detach_weight=True),
+    ),
+    ("focal", "dense"): (eager.sigmoid_focal_loss, gfl_kernels.sigmoid_focal_loss),
+    ("focal", "sparse"): (eager.focal_loss_of_labels, gfl_kernels.sigmoid_focal_loss),
+    ("mal", "sparse"): (eager.matchability_aware_loss, gfl_kernels.matchability_aware_loss),
+}
 
 
 @dataclass
@@ -43,11 +63,11 @@ def make_inputs(case: Case, constant: float | None = None) -> Inputs:
     random = torch.Generator().manual_seed(SEED)
     dtype = getattr(torch, case.dtype)
     n, c = case.rows, case.width
-    maker = {"qfl": _quality_inputs, "dfl": _distribution_inputs, "integral": _integral_inputs}
-    inputs = maker[case.op](case, n, c, dtype, random)
+    maker = {"dfl": _distribution_inputs, "integral": _integral_inputs}
+    inputs = maker.get(case.op, _quality_inputs)(case, n, c, dtype, random)
     if constant is not None:
         logits = torch.full_like(inputs.logits, constant, requires_grad=False)
-        if case.op != "qfl":
+        if case.op in ("dfl", "integral"):
             logits[:, c // 4] = 0.0
         inputs = replace(inputs, logits=logits)
     inputs.logits = inputs.logits.detach().requires_grad_()
@@ -65,11 +85,15 @@ def _quality_inputs(case: Case, n: int, c: int, dtype, random) -> Inputs:
     positive[torch.randperm(n, generator=random)[: max(8, int(n * POSITIVES))]] = True
     label = torch.where(positive, torch.randint(0, c, (n,), generator=random), c)
     score = torch.where(positive, torch.rand(n, generator=random), 0.0).to(dtype)
+    if case.op == "focal":
+        score = positive.to(dtype)
     weight = torch.rand(n, generator=random) + 0.5
     target: tuple[Tensor, Tensor] | Tensor = (label, score)
     if case.form == "dense":
         target = torch.zeros(n, c, dtype=dtype)
         target[positive, label[positive]] = score[positive]
+    elif case.op == "focal":
+        target = label
     if case.nchw:
         cells = (case.shape[0], *case.shape[2:])
         target = (label.view(cells), score.view(cells))
@@ -119,6 +143,8 @@ def terms(case: Case, inputs: Inputs) -> Tensor:
         size = torch.ones_like(target)
     elif isinstance(target, tuple):
         size = (target[1] > 0).float()
+    elif target.dim() == 1:
+        size = (target < case.width).float()
     else:
         size = (target > 0).any(1).float()
     if inputs.weight is not None:
@@ -144,7 +170,11 @@ def _truth_rows(case: Case, inputs: Inputs, part: slice, x: Tensor) -> Tensor:
         label, score = inputs.target
         target = (label[part], score[part].double())
     else:
-        target = inputs.target[part].double()
+        target = inputs.target[part]
+        target = target.double() if target.is_floating_point() else target
+    if (case.op, case.form) in FAMILY:
+        with gfl_kernels.use_backend("reference"):
+            return FAMILY[case.op, case.form][1](x, target, reduction="sum") / case.rows
     total = reference.quality_focal_loss(
         x,
         target,
@@ -240,6 +270,14 @@ def forms(case: Case, inputs: Inputs) -> tuple[Callable, dict[str, Callable], Ca
             lambda x: gfl_kernels.distribution_focal_loss(
                 x, target, weight=weight, avg_factor=avg_factor
             ),
+        )
+    if (case.op, case.form) in FAMILY:
+        written_out, fused = FAMILY[case.op, case.form]
+        rows = case.rows
+        return (
+            lambda x: written_out(x, target).sum() / rows,
+            {},
+            lambda x: fused(x, target, reduction="mean", avg_factor=rows),
         )
     activated = case.form == "probability"
     upstream_form = {

@@ -10,6 +10,7 @@ with is what people run today.
 | quality_focal_loss               | losses/gfocal_loss.py quality_focal_loss                 |
 | quality_focal_loss_tensor_target | losses/gfocal_loss.py quality_focal_loss_tensor_target   |
 | quality_focal_loss_with_prob     | losses/gfocal_loss.py quality_focal_loss_with_prob       |
+| varifocal_loss                   | losses/varifocal_loss.py varifocal_loss                  |
 | distribution_focal_loss          | losses/gfocal_loss.py distribution_focal_loss            |
 | QualityFocalLoss                 | losses/gfocal_loss.py QualityFocalLoss                   |
 | DistributionFocalLoss            | losses/gfocal_loss.py DistributionFocalLoss              |
@@ -17,6 +18,9 @@ with is what people run today.
 | bbox_overlaps                    | mmdet/structures/bbox/bbox_overlaps.py, is_aligned=True  |
 | GIoULoss                         | losses/iou_loss.py GIoULoss                              |
 | Head.forward, .head_loss_single  | dense_heads/gfl_head.py loss_by_feat, loss_by_feat_single |
+
+Not from mmdetection: sigmoid_focal_loss is torchvision 0.29.1's, detached_varifocal_loss D-FINE's
+loss_labels_vfl, matchability_aware_loss DEIM's loss_labels_mal, both after matching.
 
 Head begins where targets have been assigned. Shapes: N rows (anchors), C classes, K = reg_max + 1
 bins.
@@ -73,6 +77,57 @@ def quality_focal_loss_with_prob(
     """QFL on probabilities [N, C], for GFLv2's joint score; target (label [N], score [N])."""
     loss = _sparse_quality(pred, target, beta, pred, F.binary_cross_entropy)
     return weight_reduce_loss(loss, weight, reduction, avg_factor)
+
+
+def varifocal_loss(pred: Tensor, target: Tensor, alpha=0.75, gamma=2.0) -> Tensor:
+    """VFL on logits [N, C] with dense targets; a loss per element."""
+    pred_sigmoid = pred.sigmoid()
+    target = target.type_as(pred)
+    focal_weight = (
+        target * (target > 0.0).float()
+        + alpha * (pred_sigmoid - target).abs().pow(gamma) * (target <= 0.0).float()
+    )
+    return F.binary_cross_entropy_with_logits(pred, target, reduction="none") * focal_weight
+
+
+def sigmoid_focal_loss(inputs: Tensor, targets: Tensor, alpha=0.25, gamma=2) -> Tensor:
+    """Focal Loss on logits with one-hot targets; a loss per element."""
+    p = torch.sigmoid(inputs)
+    ce_loss = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
+    p_t = p * targets + (1 - p) * (1 - targets)
+    loss = ce_loss * ((1 - p_t) ** gamma)
+    alpha_t = alpha * targets + (1 - alpha) * (1 - targets)
+    return alpha_t * loss
+
+
+def _one_hot(pred: Tensor, label: Tensor) -> Tensor:
+    return F.one_hot(label, num_classes=pred.shape[-1] + 1)[..., :-1]
+
+
+def focal_loss_of_labels(pred: Tensor, label: Tensor) -> Tensor:
+    """The same with labels [N], C being background, as heads make its targets."""
+    return sigmoid_focal_loss(pred, _one_hot(pred, label).to(pred.dtype))
+
+
+def detached_varifocal_loss(pred: Tensor, target, alpha=0.2, gamma=2.0) -> Tensor:
+    """VFL whose weight is a constant; target (label [N], score [N]). A loss per element."""
+    label, score = target
+    one_hot = _one_hot(pred, label)
+    target_score = score.unsqueeze(-1) * one_hot
+    pred_score = F.sigmoid(pred).detach()
+    weight = alpha * pred_score.pow(gamma) * (1 - one_hot) + target_score
+    return F.binary_cross_entropy_with_logits(pred, target_score, weight=weight, reduction="none")
+
+
+def matchability_aware_loss(pred: Tensor, target, gamma=1.5) -> Tensor:
+    """MAL; target (label [N], score [N]). A loss per element."""
+    label, score = target
+    one_hot = _one_hot(pred, label)
+    target_score = score.unsqueeze(-1) * one_hot
+    pred_score = F.sigmoid(pred).detach()
+    target_score = target_score.pow(gamma)
+    weight = pred_score.pow(gamma) * (1 - one_hot) + one_hot
+    return F.binary_cross_entropy_with_logits(pred, target_score, weight=weight, reduction="none")
 
 
 def quality_focal_loss_tensor_target(

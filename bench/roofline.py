@@ -107,6 +107,10 @@ CASES = (
 )
 FULL_CASES = (
     *CASES,
+    *(
+        Case(op, form, (ANCHORS, 80), passes=_BOTH, weighted=False)
+        for op, form in (("vfl", "dense"), ("vfl", "sparse"), ("focal", "dense"), ("mal", "sparse"))
+    ),
     _qfl("dense", (ANCHORS, 80), "float16"),
     _qfl("sparse", NCHW, "float16", note="stride 8"),
     _qfl("probability", (ANCHORS, 80), "bfloat16", note="GFLv2's joint score"),
@@ -188,8 +192,16 @@ def launch(case: Case, which: str, inputs, kernels):
     """The case's pass, straight through the launchers of a backend, whose ops `kernels` has."""
     import torch
 
-    from gfl_kernels.triton.launch import LOGITS, PROBABILITIES, SUM
+    from gfl_kernels import reference
+    from gfl_kernels.triton.launch import SUM
 
+    rules = {  # of the op: form, flags, alpha, beta
+        ("qfl", "probability"): (reference.PROBABILITIES, 0, 0.0, 2.0),
+        ("vfl", "dense"): (reference.VARIFOCAL, 0, 0.75, 2.0),
+        ("vfl", "sparse"): (reference.VARIFOCAL, reference.DETACH_WEIGHT, 0.2, 2.0),
+        ("focal", "dense"): (reference.FOCAL, 0, 0.25, 2.0),
+        ("mal", "sparse"): (reference.MATCHABILITY, 0, 1.0, 1.5),
+    }
     pred = inputs.logits.detach()
     upstream = torch.ones(())
     if case.op == "integral":
@@ -202,8 +214,8 @@ def launch(case: Case, which: str, inputs, kernels):
         forward, backward = kernels.distribution_forward, kernels.distribution_backward
     else:
         target = inputs.target if isinstance(inputs.target, tuple) else (inputs.target, None)
-        form = PROBABILITIES if case.form == "probability" else LOGITS
-        arguments = (*target, inputs.weight, None, form, 2.0, 1.0, SUM)
+        rule = rules.get((case.op, case.form), (reference.LOGITS, 0, 0.0, 2.0))
+        arguments = (*target, inputs.weight, None, *rule, 1.0, SUM)
         forward, backward = kernels.quality_forward, kernels.quality_backward
         pred = pred.movedim(1, -1) if case.nchw else pred
     if which == BACKWARD:

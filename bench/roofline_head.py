@@ -12,11 +12,11 @@ from torch import Tensor
 
 from bench import head
 from bench.cases import BACKWARD, FORWARD, ITEM_BYTES, Case
-from gfl_kernels import ops
+from gfl_kernels import ops, reference
 
 BINS = head.REG_MAX + 1
 BOX = ([float(stride) for stride in head.STRIDES], ops.IOUS["giou"], 1e-6, head.REG_MAX - 0.1)
-LOSS = (ops.LOGITS, 0.0, 2.0, [1.0, 2.0, 0.25])
+LOSS = (reference.LOGITS, 0.0, 2.0, [1.0, 2.0, 0.25])
 SECTOR = 32  # bytes
 
 

@@ -34,7 +34,7 @@ class Run:
         inputs = contestants.make_inputs(case)
         table = contestants.contestants(case, inputs, compiled=not self.options.no_compile)
         if self.options.quick:
-            for form in contestants.NOT_QUICK[case.op]:
+            for form in contestants.NOT_QUICK.get(case.op, ()):
                 table.pop(COMPILE + form, None)
         say("checking against float64")
         accepted, checks = self.admit(case, inputs, table, say)

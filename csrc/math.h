@@ -11,6 +11,8 @@
 // several instruction sets, and the linker must not choose one for all.
 #pragma once
 
+#include "gfl_kernels/gfl_kernels.h"
+
 #if defined(__CUDACC__)
 #define GFL_HD static __device__ __forceinline__
 #elif defined(__GNUC__)
@@ -295,13 +297,32 @@ GFL_HD LossGrad<T> quality_loss_grad(T x, T q, scalar_t<T> beta) {
   return {power * b, select(positive, g, -g)};
 }
 
-// Quality Focal Loss on probabilities:  L = |d|^beta B, d = p - q, B = -q log p - (1 - q) log(1 -
-// p) with logs clamped at -100;  dL/dp = |d|^beta d / max(p (1 - p), 1e-12) + beta |d|^(beta - 1)
-// sign(d) B: F.binary_cross_entropy's rules.  kBackground: q is 0.
-template <bool kBackground = false, typename T>
-GFL_HD LossGrad<T> quality_probability_loss_grad(T p, T q, scalar_t<T> beta) {
+// |d|^beta and its derivative beta |d|^(beta - 1) sign(d), which is 0 at d = 0.
+template <typename T>
+struct PowerSlope {
+  T power, slope;
+};
+template <typename T>
+GFL_HD PowerSlope<T> power_slope(T d, scalar_t<T> beta) {
   using S = scalar_t<T>;
-  const T zeros = broadcast<T>(S(0)), ones = broadcast<T>(S(1)), floor = broadcast<T>(S(-100));
+  if (beta == S(2)) return {d * d, d + d};
+  const T zeros = broadcast<T>(S(0)), ones = broadcast<T>(S(1));
+  const T size = -negative_abs(d);
+  const auto zero = size < smallest<S>();
+  const T safe = select(zero, ones, size);
+  const T power =
+      select(zero, broadcast<T>(beta == S(0) ? S(1) : S(0)), pow_abs(logarithm(safe), beta));
+  const T slope = beta * (power / safe);
+  return {power, select(zero, zeros, select(d > S(0), slope, -slope))};
+}
+
+// Binary cross entropy of probabilities:  B = -q log p - (1 - q) log(1 - p) with logs clamped at
+// -100;  dB/dp = (p - q) / max(p (1 - p), 1e-12): F.binary_cross_entropy's rules.  kBackground: q
+// is 0.
+template <bool kBackground = false, typename T>
+GFL_HD LossGrad<T> bce_loss_grad(T p, T q) {
+  using S = scalar_t<T>;
+  const T zeros = broadcast<T>(S(0)), floor = broadcast<T>(S(-100));
   const T d = kBackground ? p : p - q;
   // m is the smaller of p and 1 - p. Its logarithm is far from 0, the other's is log(1 - m).
   const auto upper = p >= S(0.5);
@@ -313,53 +334,195 @@ GFL_HD LossGrad<T> quality_probability_loss_grad(T p, T q, scalar_t<T> beta) {
   far = select(far < floor, floor, far);
   T b = -select(upper, far, near);
   if (!kBackground) b = (S(1) - q) * b - q * select(upper, near, far);
-  T power, slope;  // |d|^beta and beta |d|^(beta - 1) sign(d)
-  if (beta == S(2)) {
-    power = d * d;
-    slope = d + d;
-  } else {
-    const T size = -negative_abs(d);
-    const auto zero = size < smallest<S>();
-    const T safe = select(zero, ones, size);
-    power = select(zero, broadcast<T>(beta == S(0) ? S(1) : S(0)), pow_abs(logarithm(safe), beta));
-    slope = beta * (power / safe);
-    slope = select(zero, zeros, select(d > S(0), slope, -slope));
-  }
   const T least = broadcast<T>(S(1e-12f));  // the float that PyTorch has in every dtype
   T spread = m - m * m;
   spread = select(spread < least, least, spread);
-  // A p beyond [0, 1] stands still in B: only |d|^beta still depends on it.
-  const T bce_slope = select(beyond, zeros, d * reciprocal(spread));
-  return {power * b, power * bce_slope + slope * b};
+  // A p beyond [0, 1] stands still.
+  return {b, select(beyond, zeros, d * reciprocal(spread))};
 }
 
-// Varifocal Loss:  L = w B,  w = q on positives, alpha s^gamma on the others;  dL/dx = w d, on the
-// others + w gamma (1 - s) B unless the weight is detached.
-template <typename T, typename Mask>
-GFL_HD LossGrad<T> varifocal_loss_grad(T x, T q, Mask positive, scalar_t<T> alpha,
-                                       scalar_t<T> gamma, bool detach_weight) {
+// Quality Focal Loss on probabilities:  L = |d|^beta B, d = p - q, B as above.  kBackground: q is
+// 0.
+template <bool kBackground = false, typename T>
+GFL_HD LossGrad<T> quality_probability_loss_grad(T p, T q, scalar_t<T> beta) {
+  const LossGrad<T> b = bce_loss_grad<kBackground>(p, q);
+  const PowerSlope<T> w = power_slope(kBackground ? p : p - q, beta);
+  return {w.power * b.loss, w.power * b.grad + w.slope * b.loss};
+}
+
+// The factor that weighs positives, q > 0, against the rest: alpha, 1 - alpha.
+template <typename T>
+GFL_HD T balance(T q, scalar_t<T> alpha) {
   using S = scalar_t<T>;
-  const T zeros = broadcast<T>(S(0)), ones = broadcast<T>(S(1));
+  return select(q > S(0), broadcast<T>(alpha), broadcast<T>(S(1) - alpha));
+}
+
+// log s = x - softplus(x).
+template <typename T>
+GFL_HD T log_sigmoid(const Logistic<T>& c, T x) {
+  using S = scalar_t<T>;
+  return -(c.log1p_e + select(x >= S(0), broadcast<T>(S(0)), c.a));
+}
+
+// s^gamma.
+template <typename T>
+GFL_HD T sigmoid_power(const Logistic<T>& c, T x, scalar_t<T> gamma) {
+  using S = scalar_t<T>;
+  const T s = select(x >= S(0), c.r, c.w);
+  if (gamma == S(2)) return s * s;
+  return gamma == S(0) ? broadcast<T>(S(1)) : pow_abs(log_sigmoid(c, x), gamma);
+}
+
+// What an element of target 0 has in nearly all of the family:  L = alpha s^gamma softplus(x),
+// dL/dx = alpha s^gamma (s + gamma (1 - s) softplus(x)), without the second term if the weight is
+// detached.
+template <typename T>
+GFL_HD LossGrad<T> background_loss_grad(T x, scalar_t<T> alpha, scalar_t<T> gamma,
+                                        bool detach_weight) {
+  using S = scalar_t<T>;
   const Logistic<T> c = logistic(x);
   const auto right = x >= S(0);
-  const T s = select(right, c.r, c.w);
+  const T b = c.log1p_e + select(right, c.a, broadcast<T>(S(0)));
+  T slope = select(right, c.r, c.w);
+  const T weight = sigmoid_power(c, x, gamma) * alpha;
+  if (!detach_weight) slope = slope + select(right, c.w, c.r) * b * gamma;
+  return {weight * b, weight * slope};
+}
+
+// L = w B,  w = weight on positives, alpha s^gamma on the others;  dL/dx = w d, on the others + w
+// gamma (1 - s) B unless the weight is detached.  Varifocal Loss has weight = q.
+template <typename T, typename Mask>
+GFL_HD LossGrad<T> varifocal_loss_grad(T x, T q, T weight, Mask positive, scalar_t<T> alpha,
+                                       scalar_t<T> gamma, bool detach_weight) {
+  using S = scalar_t<T>;
+  const Logistic<T> c = logistic(x);
+  const auto right = x >= S(0);
   const T tau = select(right, S(1) - q, q);
   const T b = cross_entropy(c.a, tau, c.log1p_e);
   T d = tau - c.w;
   d = select(right, d, -d);
-  T power;  // s^gamma
-  if (gamma == S(2)) {
-    power = s * s;
-  } else {
-    const T log_s = -(c.log1p_e + select(right, zeros, c.a));
-    power = gamma == S(0) ? ones : pow_abs(log_s, gamma);
-  }
-  const T weight = select(positive, q, power * alpha);
+  weight = select(positive, weight, sigmoid_power(c, x, gamma) * alpha);
   if (!detach_weight) {
     const T rest = select(right, c.w, c.r);  // 1 - s
-    d = d + select(positive, zeros, rest * b * gamma);
+    d = d + select(positive, broadcast<T>(S(0)), rest * b * gamma);
   }
   return {weight * b, weight * d};
+}
+
+// The same on probabilities:  B as in bce_loss_grad, alpha p^gamma on the others.
+template <typename T, typename Mask>
+GFL_HD LossGrad<T> varifocal_probability_loss_grad(T p, T q, T weight, Mask positive,
+                                                   scalar_t<T> alpha, scalar_t<T> gamma,
+                                                   bool detach_weight) {
+  using S = scalar_t<T>;
+  const LossGrad<T> b = bce_loss_grad(p, q);
+  const PowerSlope<T> w = power_slope(p, gamma);
+  weight = select(positive, weight, w.power * alpha);
+  T grad = weight * b.grad;
+  if (!detach_weight) {
+    grad = grad + select(positive, broadcast<T>(S(0)), w.slope * alpha) * b.loss;
+  }
+  return {weight * b.loss, grad};
+}
+
+// q^gamma, what Matchability-Aware Loss trains positives to, and 0 for q <= 0.
+template <typename T>
+GFL_HD T matchability_target(T q, scalar_t<T> gamma) {
+  using S = scalar_t<T>;
+  const auto zero = q < smallest<S>();
+  const T power = pow_abs(logarithm(select(zero, broadcast<T>(S(1)), q)), gamma);
+  return select(zero, broadcast<T>(S(0)), power);
+}
+
+// max(s^alpha q^(1 - alpha), 0.01), a constant: what IA-BCE trains positives to.
+template <typename T>
+GFL_HD T iou_aware_target(T x, T q, scalar_t<T> alpha) {
+  using S = scalar_t<T>;
+  const T target = sigmoid_power(logistic(x), x, alpha) * matchability_target(q, S(1) - alpha);
+  const T least = broadcast<T>(S(0.01));
+  return select(target < least, least, target);
+}
+
+// alpha y + (1 - alpha) (1 - y), or 1 for alpha < 0.
+template <typename T>
+GFL_HD T focal_alpha(T y, scalar_t<T> alpha) {
+  using S = scalar_t<T>;
+  return alpha < S(0) ? broadcast<T>(S(1)) : y * (alpha + alpha - S(1)) + (S(1) - alpha);
+}
+
+// Focal Loss:  L = alpha_t m^gamma B,  m = y (1 - s) + (1 - y) s;  dL/dx = alpha_t m^gamma (d +
+// gamma (1 - 2 y) s (1 - s) / m B).  m = tau (1 - w) + (1 - tau) w, where nothing cancels, and
+// (1 - 2 y) s (1 - s) / m = sign(x) (2 tau - 1) w (1 - w) / m, in which the last two are 1 - w for
+// tau = 0, also where w underflows.
+template <typename T>
+GFL_HD LossGrad<T> focal_loss_grad(T x, T y, scalar_t<T> alpha, scalar_t<T> gamma) {
+  using S = scalar_t<T>;
+  const T zeros = broadcast<T>(S(0));
+  const Logistic<T> c = logistic(x);
+  const auto right = x >= S(0);
+  const T tau = select(right, S(1) - y, y);
+  const T b = cross_entropy(c.a, tau, c.log1p_e);
+  const T d = tau - c.w;  // sign(x) d
+  const T turn = tau + tau - S(1);
+  const T m = tau * c.r + (S(1) - tau) * c.w;
+  T power, slope;  // m^gamma; gamma m^(gamma - 1) s (1 - s)
+  if (gamma == S(2)) {
+    power = m * m;
+    slope = (m + m) * c.ds;
+  } else {
+    const auto zero = m < smallest<S>();
+    const T safe = select(zero, broadcast<T>(S(1)), m);
+    power =
+        select(zero, broadcast<T>(gamma == S(0) ? S(1) : S(0)), pow_abs(logarithm(safe), gamma));
+    slope = power * select(tau == S(0), c.r, select(zero, zeros, c.ds / safe)) * gamma;
+  }
+  const T factor = focal_alpha(y, alpha);
+  const T g = factor * (power * d + turn * slope * b);
+  return {factor * power * b, select(right, g, -g)};
+}
+
+// The same on probabilities:  m = y (1 - p) + (1 - y) p, B as in bce_loss_grad.
+template <typename T>
+GFL_HD LossGrad<T> focal_probability_loss_grad(T p, T y, scalar_t<T> alpha, scalar_t<T> gamma) {
+  using S = scalar_t<T>;
+  const LossGrad<T> b = bce_loss_grad(p, y);
+  const PowerSlope<T> w = power_slope(y * (S(1) - p) + (S(1) - y) * p, gamma);
+  const T factor = focal_alpha(y, alpha);
+  return {factor * w.power * b.loss,
+          factor * (w.power * b.grad + w.slope * (S(1) - (y + y)) * b.loss)};
+}
+
+// An element in any form (a gfl_form).  positive: where the weight of varifocal forms is that of a
+// positive; q is 0 elsewhere.  beta is the exponent, which papers call gamma too.
+template <int kForm, typename T, typename Mask>
+GFL_HD LossGrad<T> form_loss_grad(T x, T q, Mask positive, int flags, scalar_t<T> alpha,
+                                  scalar_t<T> beta) {
+  using S = scalar_t<T>;
+  const T ones = broadcast<T>(S(1));
+  const bool detach = flags & GFL_DETACH_WEIGHT, unit = flags & GFL_UNIT_POSITIVES;
+  if constexpr (kForm == GFL_PROBABILITIES) {
+    return quality_probability_loss_grad(x, q, beta);
+  } else if constexpr (kForm == GFL_VARIFOCAL) {
+    return varifocal_loss_grad(x, q, unit ? ones : q, positive, alpha, beta, detach);
+  } else if constexpr (kForm == GFL_VARIFOCAL_PROBABILITIES) {
+    return varifocal_probability_loss_grad(x, q, unit ? ones : q, positive, alpha, beta, detach);
+  } else if constexpr (kForm == GFL_FOCAL) {
+    return focal_loss_grad(x, q, alpha, beta);
+  } else if constexpr (kForm == GFL_FOCAL_PROBABILITIES) {
+    return focal_probability_loss_grad(x, q, alpha, beta);
+  } else if constexpr (kForm == GFL_MATCHABILITY) {
+    return varifocal_loss_grad(x, matchability_target(q, beta), ones, positive, alpha, beta, true);
+  } else if constexpr (kForm == GFL_IOU_AWARE) {
+    const T target = select(positive, iou_aware_target(x, q, alpha), q);
+    return varifocal_loss_grad(x, target, ones, positive, S(1), beta, false);
+  } else {
+    LossGrad<T> r = beta == S(2) ? quality_square_loss_grad(x, q) : quality_loss_grad(x, q, beta);
+    if constexpr (kForm == GFL_BALANCED) {
+      const T factor = balance(q, alpha);
+      r = {factor * r.loss, factor * r.grad};
+    }
+    return r;
+  }
 }
 
 // Distribution family

@@ -130,8 +130,8 @@ template <typename Device>
 std::tuple<Tensor, Tensor> quality_forward(Tensor pred, Tensor target, std::optional<Tensor> score,
                                            std::optional<Tensor> weight,
                                            std::optional<Tensor> avg_factor, int64_t form,
-                                           double beta, double scale, int64_t reduction,
-                                           bool write_grad) {
+                                           int64_t flags, double alpha, double beta, double scale,
+                                           int64_t reduction, bool write_grad) {
   const Device device(pred);
   Tensor loss = new_loss(device.place(), pred, reduction == kNone);
   Tensor grad = new_gradient(device.place(), pred, write_grad);
@@ -146,7 +146,9 @@ std::tuple<Tensor, Tensor> quality_forward(Tensor pred, Tensor target, std::opti
                               write_grad ? g.get() : nullptr,
                               static_cast<int32_t>(form),
                               beta,
-                              scale_of(pred, scale, reduction)};
+                              scale_of(pred, scale, reduction),
+                              alpha,
+                              static_cast<int32_t>(flags)};
   check(device.run(args));
   return {loss, grad};
 }
@@ -154,7 +156,8 @@ std::tuple<Tensor, Tensor> quality_forward(Tensor pred, Tensor target, std::opti
 template <typename Device>
 Tensor quality_backward(Tensor grad_loss, Tensor pred, Tensor target, std::optional<Tensor> score,
                         std::optional<Tensor> weight, std::optional<Tensor> avg_factor,
-                        int64_t form, double beta, double scale, int64_t reduction) {
+                        int64_t form, int64_t flags, double alpha, double beta, double scale,
+                        int64_t reduction) {
   const Device device(pred);
   Tensor grad = new_gradient(device.place(), pred, true);
   const View u(grad_loss), x(pred), t(target), q(score), w(weight), a(avg_factor), g(grad);
@@ -168,7 +171,9 @@ Tensor quality_backward(Tensor grad_loss, Tensor pred, Tensor target, std::optio
                               g.get(),
                               static_cast<int32_t>(form),
                               beta,
-                              scale_of(pred, scale, reduction)};
+                              scale_of(pred, scale, reduction),
+                              alpha,
+                              static_cast<int32_t>(flags)};
   check(device.run(args));
   return grad;
 }

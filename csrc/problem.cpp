@@ -147,10 +147,11 @@ QualityProblem describe(const char* name, const gfl_quality_args& args) {
   if (problem.columns() < 1) fail(std::string(name) + ": pred must have at least one class");
   problem.merge(&q.ndim, q.size);
   q.classes = problem.columns();
-  if (args.form < GFL_LOGITS || args.form > GFL_VARIFOCAL) {
+  if (args.form < GFL_LOGITS || args.form > GFL_BALANCED) {
     fail(std::string(name) + ": no such form: " + std::to_string(args.form));
   }
   q.form = static_cast<gfl_form>(args.form);
+  q.flags = args.flags;
   q.alpha = args.alpha;
   q.beta = args.beta;
   q.scale = args.scale;

@@ -29,6 +29,7 @@ struct QualityProblem {
   Operand pred, target, score, weight, grad_loss, loss, grad;
   bool weight_per_class;
   gfl_form form;
+  int32_t flags;
   double alpha;
   double beta;
   double scale;
@@ -64,6 +65,17 @@ struct HeadProblem {
 struct HeadSums {
   double count, weight, bbox, dfl;
 };
+
+// Of a form: whether pred holds probabilities; whether a label makes its class a positive even with
+// a quality of 0.
+constexpr bool on_probabilities(int form) {
+  return form == GFL_PROBABILITIES || form == GFL_VARIFOCAL_PROBABILITIES ||
+         form == GFL_FOCAL_PROBABILITIES;
+}
+constexpr bool has_positives(int form) {
+  return form == GFL_VARIFOCAL || form == GFL_VARIFOCAL_PROBABILITIES || form == GFL_MATCHABILITY ||
+         form == GFL_IOU_AWARE;
+}
 
 int64_t element_bytes(gfl_dtype dtype);
 gfl_dtype accumulator(gfl_dtype dtype);  // float64 for float64, else float32

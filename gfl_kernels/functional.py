@@ -8,7 +8,20 @@ import torch
 from torch import Tensor
 
 from . import debug, dispatch, ops, reference
-from .reference import EPS
+from .reference import (
+    BALANCED,
+    DETACH_WEIGHT,
+    EPS,
+    FOCAL,
+    FOCAL_PROBABILITIES,
+    IOU_AWARE,
+    LOGITS,
+    MATCHABILITY,
+    PROBABILITIES,
+    UNIT_POSITIVES,
+    VARIFOCAL,
+    VARIFOCAL_PROBABILITIES,
+)
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -18,6 +31,7 @@ def quality_focal_loss(
     target: Tensor | tuple[Tensor, Tensor],
     *,
     beta: float = 2.0,
+    alpha: float | None = None,
     weight: Tensor | None = None,
     avg_factor: float | Tensor | None = None,
     reduction: str = "mean",
@@ -35,6 +49,11 @@ def quality_focal_loss(
     ``quality_focal_loss``, ``quality_focal_loss_tensor_target`` and (``activated=True``)
     ``quality_focal_loss_with_prob``.
 
+    With ``beta=0`` this is binary cross entropy against soft targets, the classification loss of
+    task-aligned heads (TOOD's, YOLOv8 to 12): ``F.binary_cross_entropy_with_logits(pred, target,
+    weight)``; a weight per class [C] is ``weight=class_weight.expand(pred.shape)``, which copies
+    nothing. With ``alpha`` it is the position-supervised loss of Stable-DINO and RF-DETR.
+
     Args:
         pred: logits [..., C], or probabilities with ``activated=True``; float32, float64, bfloat16
             or float16, any strides, read in place.
@@ -42,6 +61,8 @@ def quality_focal_loss(
             (trained to 0); or dense, a tensor of pred's shape with the quality of every class. Any
             dtype.
         beta: the focusing exponent, >= 0. 2 is the fast case.
+        alpha: in [0, 1]: what has a target above 0 counts alpha times, the rest 1 - alpha times.
+            None for neither; not with ``activated``.
         weight: a weight per row [...] or per element (pred's shape). What has weight 0 contributes
             exactly 0 to loss and gradient, NaN logits included.
         avg_factor: with "mean", divide by avg_factor + eps(float32) instead of by the number of
@@ -64,8 +85,212 @@ def quality_focal_loss(
         RuntimeError: a forced backend cannot serve the call, or its gradient is differentiated
             again.
     """
+    if alpha is not None:
+        name = "quality_focal_loss"
+        _check_fraction(name, "alpha", alpha)
+        if activated:
+            raise ValueError(f"{name}: alpha needs logits: activated must be False")
+        rule = BALANCED, 0, alpha, beta
+        return _quality_family(name, pred, target, rule, weight, avg_factor, reduction, class_dim)
     return _quality_focal_loss(
         pred, target, beta, weight, avg_factor, reduction, activated, class_dim
+    )
+
+
+def varifocal_loss(
+    pred: Tensor,
+    target: Tensor | tuple[Tensor, Tensor],
+    *,
+    alpha: float = 0.75,
+    gamma: float = 2.0,
+    iou_weighted: bool = True,
+    detach_weight: bool = False,
+    weight: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    reduction: str = "mean",
+    activated: bool = False,
+    class_dim: int = -1,
+) -> Tensor:
+    r"""Varifocal Loss, fused: positives weighted by their quality, the rest focused.
+
+    .. math:: L = \sum_c w_c \, \mathrm{BCE}(x_c, q_c), \quad
+        w = q \text{ on positives}, \; \alpha \, \sigma(x)^\gamma \text{ on the others}
+
+    for each row. Source: Zhang et al. 2021, "VarifocalNet", equation 2. Hosts differ in what is
+    positive and in whether the gradient goes through the weight:
+
+    - mmdetection, PaddleDetection (VFNet, PicoDet): a dense target, positive where q > 0.
+    - super-gradients, ultralytics' RT-DETR, PaddleDetection's RT-DETR: a pair (label, score), the
+      row's class being positive also where its score is 0 (and weighs 0).
+    - YOLOv6, PP-YOLOE: the same with ``activated=True``.
+    - RT-DETR, D-FINE (alpha 0.2), transformers: the same with ``detach_weight=True``.
+    - RF-DETR's ``sigmoid_varifocal_loss(alpha)``: a dense target with ``alpha=1 - alpha``.
+
+    A host with dense targets of the label form has them in ``(label, targets.gather(-1,
+    label.clamp(0, C - 1).unsqueeze(-1)).squeeze(-1))``; one with labels where a score of 0 is
+    background passes ``torch.where(score > 0, label, -1)``.
+
+    Args:
+        pred: logits [..., C], or probabilities with ``activated=True``; dtypes and strides as in
+            :func:`quality_focal_loss`.
+        target: a pair (label [...], score [...]), a label outside [0, C) being background; or a
+            dense tensor of pred's shape.
+        alpha: the weight of what is not positive, >= 0.
+        gamma: its focusing exponent, >= 0. 2 is the fast case.
+        iou_weighted: False: positives weigh 1 (mmdetection).
+        detach_weight: the weight is a constant of the derivative.
+        weight, class_dim: as in :func:`quality_focal_loss`.
+        avg_factor, reduction: as in :func:`quality_focal_loss`: the loss of a row is the sum over
+            its classes, "mean" is over rows. mmdetection's avg_factor is this one; a host that
+            divides its sum by n has ``reduction="sum"`` and a division, or ``avg_factor=n`` (plus
+            eps(float32)); DETR's ``loss.mean(1).sum() * queries / boxes`` is ``avg_factor=boxes``.
+            Means over elements are those of :class:`VarifocalLoss`.
+        activated: pred holds probabilities, with the rules of ``F.binary_cross_entropy``.
+
+    Returns:
+        As :func:`quality_focal_loss`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quality_focal_loss`.
+    """
+    rule = _varifocal_rule(alpha, gamma, iou_weighted, detach_weight, activated)
+    return _quality_family(
+        "varifocal_loss", pred, target, rule, weight, avg_factor, reduction, class_dim
+    )
+
+
+def matchability_aware_loss(
+    pred: Tensor,
+    target: Tensor | tuple[Tensor, Tensor],
+    *,
+    gamma: float = 1.5,
+    mal_alpha: float | None = None,
+    weight: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    reduction: str = "mean",
+    class_dim: int = -1,
+) -> Tensor:
+    r"""Matchability-Aware Loss, fused: DEIM's, which trains poor matches, too.
+
+    .. math:: L = \sum_c \mathrm{BCE}(x_c, q_c^\gamma) \text{ on positives}, \;
+        \alpha \, \sigma(x_c)^\gamma \, \mathrm{BCE}(x_c, 0) \text{ on the others}
+
+    for each row, with a weight that is a constant of the derivative. Source: Huang et al. 2024,
+    "DEIM", equation 3; DEIM's and DEIMv2's ``loss_labels_mal``, which is ``avg_factor=num_boxes``.
+
+    Args:
+        pred: logits [..., C].
+        target: a pair (label [...], IoU [...]), whose class is positive whatever the IoU; or a
+            dense tensor of pred's shape, positive where it is above 0.
+        gamma: the exponent of both, >= 0.
+        mal_alpha: the weight of what is not positive, >= 0; None for 1.
+        weight, avg_factor, reduction, class_dim: as in :func:`quality_focal_loss`.
+
+    Returns:
+        As :func:`quality_focal_loss`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quality_focal_loss`.
+    """
+    name = "matchability_aware_loss"
+    alpha = 1.0 if mal_alpha is None else mal_alpha
+    _check_not_negative(name, "mal_alpha", alpha)
+    rule = MATCHABILITY, 0, alpha, gamma
+    return _quality_family(
+        name, pred, target, rule, weight, avg_factor, reduction, class_dim, exponent="gamma"
+    )
+
+
+def ia_bce_loss(
+    pred: Tensor,
+    target: Tensor | tuple[Tensor, Tensor],
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    reduction: str = "mean",
+    class_dim: int = -1,
+) -> Tensor:
+    r"""IA-BCE, fused: IoU-aware binary cross entropy of Align-DETR and RF-DETR.
+
+    .. math:: L = \sum_c \mathrm{BCE}(x_c, t_c) \text{ on positives}, \;
+        \sigma(x_c)^\gamma \, \mathrm{BCE}(x_c, 0) \text{ on the others}, \quad
+        t = \max(\sigma(x)^\alpha q^{1 - \alpha}, 0.01)
+
+    for each row. t is a constant of the derivative, the weight of the others is not. Source: Cai et
+    al. 2023, "Align-DETR", equation 3; RF-DETR's ``ia_bce_loss``, which is
+    ``avg_factor=num_boxes``.
+
+    Args:
+        pred: logits [..., C].
+        target: a pair (label [...], IoU [...]), whose class is positive whatever the IoU; or a
+            dense tensor of pred's shape, positive where it is above 0.
+        alpha: the share of the score in the target, in [0, 1].
+        gamma: the focusing exponent of what is not positive, >= 0.
+        weight, avg_factor, reduction, class_dim: as in :func:`quality_focal_loss`.
+
+    Returns:
+        As :func:`quality_focal_loss`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quality_focal_loss`.
+    """
+    name = "ia_bce_loss"
+    _check_fraction(name, "alpha", alpha)
+    rule = IOU_AWARE, 0, alpha, gamma
+    return _quality_family(
+        name, pred, target, rule, weight, avg_factor, reduction, class_dim, exponent="gamma"
+    )
+
+
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor | tuple[Tensor, Tensor],
+    alpha: float = 0.25,
+    gamma: float = 2,
+    reduction: str = "none",
+    *,
+    weight: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    activated: bool = False,
+    class_dim: int = -1,
+) -> Tensor:
+    r"""Focal Loss on sigmoid scores, fused: ``torchvision.ops.sigmoid_focal_loss``, also without a
+    one-hot target.
+
+    .. math:: L = \alpha_t \, m^\gamma \, \mathrm{BCE}(x, y), \quad
+        m = y (1 - \sigma(x)) + (1 - y) \sigma(x), \;
+        \alpha_t = \alpha y + (1 - \alpha) (1 - y)
+
+    for each element. Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", equation 5;
+    torchvision 0.29.1, whose reductions over elements these are, and fvcore.
+
+    Args:
+        inputs: logits of any shape; with labels [..., C]. Dtypes and strides as in
+            :func:`quality_focal_loss`.
+        targets: y, of inputs' shape, between 0 and 1; or integer labels [...], where one outside
+            [0, C) is background; or a pair (label [...], y of the label's class [...]).
+        alpha: in [0, 1], or negative for a factor of 1.
+        gamma: the focusing exponent, >= 0. 2 is the fast case.
+        reduction: "none" for a loss per element, in inputs' shape; "mean" over all elements; "sum".
+        weight: a weight per row [...] or per element; as in :func:`quality_focal_loss`.
+        avg_factor: with "mean", divide the sum by avg_factor + eps(float32) instead, as in
+            :func:`quality_focal_loss`. DETR's ``loss.mean(1).sum() * queries / boxes`` is
+            ``reduction="mean", avg_factor=boxes``.
+        activated: inputs are probabilities, with the rules of ``F.binary_cross_entropy``
+            (mmdetection's ``FocalLoss(activated=True)``).
+        class_dim: where the classes lie; matters with labels or row weights.
+
+    Returns:
+        A scalar, or a tensor of inputs' shape for "none"; float32, or float64 for float64, where
+        torchvision has inputs' dtype. The mean over no elements is 0.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quality_focal_loss`.
+    """
+    return _sigmoid_focal_loss(
+        inputs, targets, alpha, gamma, reduction, weight, avg_factor, activated, class_dim
     )
 
 
@@ -146,7 +371,103 @@ def _quality_focal_loss(
     pred, target, beta, weight, avg_factor, reduction, activated, class_dim=-1, loss_weight=1.0
 ) -> Tensor:
     """quality_focal_loss with a loss weight folded in, so that the upstream gradient is 1."""
-    name = "quality_focal_loss"
+    rule = PROBABILITIES if activated else LOGITS, 0, 0.0, beta
+    return _quality_family(
+        "quality_focal_loss",
+        pred,
+        target,
+        rule,
+        weight,
+        avg_factor,
+        reduction,
+        class_dim,
+        loss_weight,
+    )
+
+
+def _varifocal_rule(alpha, gamma, iou_weighted, detach_weight, activated):
+    _check_not_negative("varifocal_loss", "alpha", alpha)
+    _check_not_negative("varifocal_loss", "gamma", gamma)
+    flags = (DETACH_WEIGHT if detach_weight else 0) | (0 if iou_weighted else UNIT_POSITIVES)
+    return VARIFOCAL_PROBABILITIES if activated else VARIFOCAL, flags, alpha, gamma
+
+
+def _sigmoid_focal_loss(
+    inputs,
+    targets,
+    alpha,
+    gamma,
+    reduction,
+    weight,
+    avg_factor,
+    activated,
+    class_dim=-1,
+    loss_weight=1.0,
+) -> Tensor:
+    """sigmoid_focal_loss with a loss weight folded in."""
+    name = "sigmoid_focal_loss"
+    _check_number(name, "alpha", alpha)
+    if not alpha <= 1:
+        raise ValueError(f"{name}: alpha must be in [0, 1] or negative, got {alpha}")
+    if isinstance(inputs, Tensor) and isinstance(targets, Tensor):
+        if inputs.dim() == 0 and targets.dim() == 0:
+            scalar = _sigmoid_focal_loss(
+                inputs.view(1),
+                targets.view(1),
+                alpha,
+                gamma,
+                reduction,
+                weight,
+                avg_factor,
+                activated,
+                loss_weight=loss_weight,
+            )
+            return scalar.view(())
+        if targets.dim() == inputs.dim() - 1:
+            if targets.is_floating_point() or targets.is_complex():
+                raise TypeError(
+                    f"{name}: targets must be integer labels {tuple(targets.shape)} or have "
+                    f"inputs' shape {tuple(inputs.shape)}, got {targets.dtype}"
+                )
+            score = torch.ones((), device=targets.device)
+            targets = (targets, score.expand(targets.shape))
+    rule = FOCAL_PROBABILITIES if activated else FOCAL, 0, alpha, gamma
+    return _quality_family(
+        name,
+        inputs,
+        targets,
+        rule,
+        weight,
+        avg_factor,
+        reduction,
+        class_dim,
+        loss_weight,
+        exponent="gamma",
+        elementwise=True,
+    )
+
+
+def _quality_family(
+    name,
+    pred,
+    target,
+    rule,
+    weight,
+    avg_factor,
+    reduction,
+    class_dim=-1,
+    loss_weight=1.0,
+    *,
+    exponent="beta",
+    elementwise=False,
+) -> Tensor:
+    """A loss of the quality family. rule: (form, flags, alpha, beta) as the op takes them;
+    exponent: what the caller's users call beta.
+
+    elementwise: "none" is a loss per element and "mean" is over elements, as in torchvision and in
+    mmdetection where the loss of a row has not been summed first.
+    """
+    form, flags, alpha, beta = rule
     _check_pred(name, pred, class_dim, "C", "class_dim")
     rows = _rows(pred, class_dim)
     if isinstance(target, (tuple, list)):
@@ -165,7 +486,7 @@ def _quality_focal_loss(
             raise _wrong_shape(
                 name, "target", "pred's shape or be a tuple (label, score):", pred.shape, target
             )
-    _check_not_negative(name, "beta", beta)
+    _check_not_negative(name, exponent, beta)
     if weight is not None:
         _check_tensor(name, "weight", weight, pred)
         if weight.shape == (*rows, 1) and class_dim == -1:
@@ -175,37 +496,49 @@ def _quality_focal_loss(
             raise ValueError(f"{name}: weight must have {expected}, got {tuple(weight.shape)}")
     avg_factor = _check_reduction(name, reduction, avg_factor, pred)
     if dispatch.DEBUG:
+        activated = form in (PROBABILITIES, VARIFOCAL_PROBABILITIES, FOCAL_PROBABILITIES)
         debug.check_quality(name, pred, target, score, class_dim, activated)
+    if elementwise and reduction == "none":
+        pred, target, score, weight = _as_elements(pred, target, score, weight, class_dim)
+        class_dim = -1
+    elif elementwise and reduction == "mean" and avg_factor is None:
+        loss_weight = loss_weight / pred.shape[class_dim]
 
     backend = dispatch.choose(name, pred, target, score, weight)
     if backend == "reference":
         target = target if score is None else (target, score)
-        loss = reference.quality_focal_loss(
-            pred,
-            target,
-            beta=beta,
-            weight=weight,
-            avg_factor=avg_factor,
-            reduction=reduction,
-            activated=activated,
-            class_dim=class_dim,
+        loss = reference.quality_family_loss(
+            pred, target, form, flags, alpha, beta, weight, avg_factor, reduction, class_dim
         )
         return loss if loss_weight == 1 else loss * loss_weight
     if class_dim != -1:
         full = weight is not None and weight.dim() == pred.dim()
         pred, weight = _last(pred, class_dim), _last(weight, class_dim) if full else weight
         target = _last(target, class_dim) if score is None else target
-    form = ops.PROBABILITIES if activated else ops.LOGITS
     return _run(
         ops.apply_quality_focal,
         torch.ops.gfl_kernels.quality_forward,
         (pred, target, score, weight),
-        (form, float(beta)),
+        (form, flags, float(alpha), float(beta)),
         reduction,
         avg_factor,
         loss_weight,
         backend,
     )
+
+
+def _as_elements(pred, target, score, weight, class_dim):
+    """The four with every element a row of one class."""
+    if weight is not None and weight.dim() < pred.dim():
+        weight = weight.unsqueeze(class_dim).expand(pred.shape)
+    if score is None:
+        return pred.unsqueeze(-1), target.unsqueeze(-1), None, weight
+    size = [1] * pred.dim()
+    size[class_dim] = -1
+    classes = torch.arange(pred.shape[class_dim], device=pred.device).view(size)
+    here = target.unsqueeze(class_dim) == classes
+    label = here.to(torch.int8) - 1  # the one class, or none
+    return pred.unsqueeze(-1), label, score.unsqueeze(class_dim).expand(pred.shape), weight
 
 
 def _distribution_focal_loss(
@@ -374,6 +707,12 @@ def _check_not_negative(name: str, argument: str, value) -> None:
     _check_number(name, argument, value)
     if not value >= 0:
         raise ValueError(f"{name}: {argument} must be >= 0, got {value}")
+
+
+def _check_fraction(name: str, argument: str, value) -> None:
+    _check_number(name, argument, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: {argument} must be in [0, 1], got {value}")
 
 
 def _check_tensor(name: str, argument: str, tensor, pred: Tensor) -> None:

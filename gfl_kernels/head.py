@@ -211,7 +211,7 @@ def task_aligned_loss(
         divisors=(1, 4),
         strides=[1.0],
         every_iou=True,
-        form=ops.VARIFOCAL if varifocal else ops.LOGITS,
+        form=reference.VARIFOCAL if varifocal else reference.LOGITS,
         alpha=alpha,
     )
     return _run(
@@ -230,7 +230,7 @@ def _options(
     divisors,
     strides,
     every_iou=False,
-    form=ops.LOGITS,
+    form=reference.LOGITS,
     alpha=0.0,
 ) -> ops.HeadOptions:
     """divisors: of the box loss and the DFL, folded into their weights (mmdetection's avg_factor
@@ -280,7 +280,7 @@ def _run(
             iou=list(ops.IOUS)[options.iou],
             iou_eps=options.iou_eps,
             limit=options.limit,
-            varifocal=options.form == ops.VARIFOCAL,
+            varifocal=options.form == reference.VARIFOCAL,
             alpha=options.alpha,
             beta=options.beta,
             loss_weights=options.loss_weights,

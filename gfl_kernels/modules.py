@@ -8,11 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import _distribution_focal_loss, _quality_focal_loss, integral
+from .functional import (
+    _distribution_focal_loss,
+    _quality_family,
+    _quality_focal_loss,
+    _sigmoid_focal_loss,
+    _varifocal_rule,
+    integral,
+)
 from .head import GFLLossOutput, gfl_loss
 
 
 class _Loss(nn.Module):
+    def _check_sigmoid(self, use_sigmoid: bool) -> None:
+        if use_sigmoid is not True:
+            raise ValueError(
+                f"{type(self).__name__}: use_sigmoid must be True, got {use_sigmoid!r}"
+            )
+        self.use_sigmoid = use_sigmoid
+
     def _reduction(self, override: str | None) -> str:
         if override not in (None, "none", "mean", "sum"):
             raise ValueError(
@@ -43,9 +57,7 @@ class QualityFocalLoss(_Loss):
         activated: bool = False,
     ) -> None:
         super().__init__()
-        if use_sigmoid is not True:
-            raise ValueError(f"QualityFocalLoss: use_sigmoid must be True, got {use_sigmoid!r}")
-        self.use_sigmoid = use_sigmoid
+        self._check_sigmoid(use_sigmoid)
         self.beta = beta
         self.reduction = reduction
         self.loss_weight = loss_weight
@@ -68,6 +80,113 @@ class QualityFocalLoss(_Loss):
             weight,
             avg_factor,
             reduction,
+            self.activated,
+            -1,
+            self.loss_weight,
+        )
+
+
+class VarifocalLoss(_Loss):
+    """Varifocal Loss; see :func:`gfl_kernels.varifocal_loss`. Drop-in for
+    ``mmdet.models.VarifocalLoss``, whose reductions are over elements: "none" gives a loss per
+    element, and "mean" without avg_factor divides by their number.
+
+    Args:
+        use_sigmoid: must be True, as in mmdetection.
+        alpha, gamma, iou_weighted: as in the function.
+        reduction: "mean", "sum" or "none".
+        loss_weight: multiplies the loss; folded into the kernel.
+    """
+
+    def __init__(
+        self,
+        use_sigmoid: bool = True,
+        alpha: float = 0.75,
+        gamma: float = 2.0,
+        iou_weighted: bool = True,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self._check_sigmoid(use_sigmoid)
+        self.alpha = alpha
+        self.gamma = gamma
+        self.iou_weighted = iou_weighted
+        self.reduction = reduction
+        self.loss_weight = loss_weight
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor | tuple[Tensor, Tensor],
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor:
+        """pred [N, C]; target [N, C] or (label [N], score [N]); weight [N, C] or [N]."""
+        return _quality_family(
+            "varifocal_loss",
+            pred,
+            target,
+            _varifocal_rule(self.alpha, self.gamma, self.iou_weighted, False, False),
+            weight,
+            avg_factor,
+            self._reduction(reduction_override),
+            -1,
+            self.loss_weight,
+            elementwise=True,
+        )
+
+
+class FocalLoss(_Loss):
+    """Focal Loss on sigmoid scores; see :func:`gfl_kernels.sigmoid_focal_loss`. Drop-in for
+    ``mmdet.models.FocalLoss``.
+
+    Args:
+        use_sigmoid: must be True, as in mmdetection.
+        gamma, alpha: as in the function.
+        reduction: over elements: "mean", "sum" or "none".
+        loss_weight: multiplies the loss; folded into the kernel.
+        activated: pred holds probabilities instead of logits.
+    """
+
+    def __init__(
+        self,
+        use_sigmoid: bool = True,
+        gamma: float = 2.0,
+        alpha: float = 0.25,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+        activated: bool = False,
+    ) -> None:
+        super().__init__()
+        self._check_sigmoid(use_sigmoid)
+        self.gamma = gamma
+        self.alpha = alpha
+        self.reduction = reduction
+        self.loss_weight = loss_weight
+        self.activated = activated
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor:
+        """pred [N, C]; target [N] labels or [N, C]; weight [N], [N, C] or [N * C]."""
+        # mmdetection's weights of elements may come flattened (FSAF).
+        if weight is not None and weight.dim() == 1 and weight.numel() == pred.numel():
+            weight = weight.reshape(pred.shape)
+        return _sigmoid_focal_loss(
+            pred,
+            target,
+            self.alpha,
+            self.gamma,
+            self._reduction(reduction_override),
+            weight,
+            avg_factor,
             self.activated,
             -1,
             self.loss_weight,

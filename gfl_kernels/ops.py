@@ -37,14 +37,13 @@ from torch import Tensor
 from . import dispatch
 from .reference import accumulate_dtype
 
-# Reductions and forms as the schemas carry them; csrc/ops.h and gfl_kernels.h have the same.
+# Reductions as the schemas carry them; csrc/ops.h has the same.
 NONE, SUM, MEAN = 0, 1, 2
-LOGITS, PROBABILITIES, VARIFOCAL = 0, 1, 2
 IOUS = {"iou": 0, "giou": 1, "diou": 2, "ciou": 3, "ciou_all": 4}  # reference.box_loss's kinds
 
 _QUALITY = (
     "Tensor pred, Tensor target, Tensor? score, Tensor? weight, Tensor? avg_factor, "
-    "int form, float beta, float scale, int reduction"
+    "int form, int flags, float alpha, float beta, float scale, int reduction"
 )
 _DISTRIBUTION = (
     "Tensor pred, Tensor target, Tensor? weight_left, Tensor? weight_right, Tensor? weight, "
@@ -61,6 +60,8 @@ _HEAD = (
 )
 
 SCHEMAS = {
+    # A loss of the quality family. form and flags are reference.py's; alpha is not used by LOGITS
+    # and PROBABILITIES.
     # target is a label per row where score is given (sparse), else a quality per class (dense).
     # write_grad: also return the gradient for an upstream gradient of 1 (not for NONE); otherwise
     # grad is empty.
@@ -203,7 +204,7 @@ def _gradient(ctx, grad_loss: Tensor, name: str, backend: str | None) -> Tensor:
 
 
 class QualityFocal(torch.autograd.Function):
-    """Quality Focal Loss; a backend, then what ``gfl_kernels::quality_forward`` takes."""
+    """The quality family; a backend, then what ``gfl_kernels::quality_forward`` takes."""
 
     @staticmethod
     def forward(ctx, backend, *inputs):
@@ -215,7 +216,7 @@ class QualityFocal(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad = _gradient(ctx, grad_loss, "quality_backward", ctx.backend)
-        return None, grad, *_NO_GRADIENT[:9]
+        return None, grad, *_NO_GRADIENT[:11]
 
 
 class DistributionFocal(torch.autograd.Function):
@@ -234,7 +235,7 @@ class DistributionFocal(torch.autograd.Function):
         return None, grad, *_NO_GRADIENT[:8]
 
 
-_NO_GRADIENT = (None,) * 9  # for the inputs after pred
+_NO_GRADIENT = (None,) * 11  # for the inputs after pred
 
 
 class DistributionIntegral(torch.autograd.Function):

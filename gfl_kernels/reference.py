@@ -19,6 +19,12 @@ from torch import Tensor
 
 EPS = torch.finfo(torch.float32).eps  # mmdetection adds it to avg_factor, in every dtype
 
+# Forms of the quality family, as the schemas of ops.py and gfl_kernels.h carry them; and flags of
+# those that are varifocal: the weight is a constant of the derivative; it is 1 on positives.
+LOGITS, PROBABILITIES, VARIFOCAL, VARIFOCAL_PROBABILITIES = 0, 1, 2, 3
+FOCAL, FOCAL_PROBABILITIES, MATCHABILITY, IOU_AWARE, BALANCED = 4, 5, 6, 7, 8
+DETACH_WEIGHT, UNIT_POSITIVES = 1, 2
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type losses are computed and returned in: float64 for float64, else float32."""
@@ -93,17 +99,103 @@ def quality_loss_probability(p: Tensor, q: Tensor, beta: float) -> Tensor:
     return pow_abs(p - q, beta) * bce(p, q)
 
 
+def balance(q: Tensor, alpha: float) -> Tensor:
+    """The factor that weighs positives, q > 0, against the rest: alpha, 1 - alpha."""
+    return torch.where(q > 0, alpha, 1 - alpha)
+
+
 def varifocal_loss(
-    x: Tensor, q: Tensor, positive: Tensor, alpha: float, gamma: float, detach_weight: bool = False
+    x: Tensor,
+    q: Tensor,
+    weight: Tensor,
+    positive: Tensor,
+    alpha: float,
+    gamma: float,
+    detach_weight: bool = False,
 ) -> Tensor:
-    """Varifocal Loss on logits: w B(x, q) with w = q on positives and alpha sigmoid(x)^gamma on the
-    others. VarifocalNet (Zhang et al. 2021), eq. 2.
+    """w B(x, q) with w = weight on positives and alpha sigmoid(x)^gamma on the others. Varifocal
+    Loss has weight = q: VarifocalNet (Zhang et al. 2021), eq. 2.
 
     positive: q > 0 (mmdetection), or whether the element is its row's class (YOLOv6, RT-DETR),
     where a q of 0 weighs 0. detach_weight: w is a constant of the derivative (RT-DETR, D-FINE).
     """
-    weight = torch.where(positive, q, alpha * pow_abs(torch.sigmoid(x), gamma))
+    weight = torch.where(positive, weight, alpha * pow_abs(torch.sigmoid(x), gamma))
     return (weight.detach() if detach_weight else weight) * bce_with_logits(x, q)
+
+
+def varifocal_loss_probability(
+    p: Tensor,
+    q: Tensor,
+    weight: Tensor,
+    positive: Tensor,
+    alpha: float,
+    gamma: float,
+    detach_weight: bool = False,
+) -> Tensor:
+    """The same on probabilities, with BCE(p, q) and p^gamma: YOLOv6, PP-YOLOE."""
+    weight = torch.where(positive, weight, alpha * pow_abs(p, gamma))
+    return (weight.detach() if detach_weight else weight) * bce(p, q)
+
+
+def matchability_target(q: Tensor, gamma: float) -> Tensor:
+    """q^gamma, what Matchability-Aware Loss trains positives to, and 0 for q <= 0. DEIM (Huang et
+    al. 2024), eq. 3."""
+    return torch.where(q <= 0, 0, pow_abs(q, gamma))
+
+
+def iou_aware_target(x: Tensor, q: Tensor, alpha: float) -> Tensor:
+    """max(sigmoid(x)^alpha q^(1 - alpha), 0.01), a constant: what IA-BCE trains positives to.
+    Align-DETR (Cai et al. 2023), eq. 3; the floor is RF-DETR's and detrex's."""
+    s = torch.sigmoid(x).detach()
+    return (pow_abs(s, alpha) * matchability_target(q, 1 - alpha)).clamp(min=0.01)
+
+
+def focal_alpha(y: Tensor, alpha: float) -> Tensor:
+    """alpha y + (1 - alpha) (1 - y), or 1 for alpha < 0."""
+    return alpha * y + (1 - alpha) * (1 - y) if alpha >= 0 else torch.ones_like(y)
+
+
+def focal_loss(x: Tensor, y: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Focal Loss on logits: alpha_t m^gamma B(x, y), m = y (1 - s) + (1 - y) s. RetinaNet (Lin et
+    al. 2017), eq. 5, for targets y between 0 and 1 as torchvision continues it."""
+    s = torch.sigmoid(x)
+    m = y * torch.sigmoid(-x) + (1 - y) * s
+    return focal_alpha(y, alpha) * pow_abs(m, gamma) * bce_with_logits(x, y)
+
+
+def focal_loss_probability(p: Tensor, y: Tensor, alpha: float, gamma: float) -> Tensor:
+    """The same on probabilities: mmdetection's activated=True."""
+    m = y * (1 - p) + (1 - y) * p
+    return focal_alpha(y, alpha) * pow_abs(m, gamma) * bce(p, y)
+
+
+def form_loss(
+    x: Tensor, q: Tensor, positive: Tensor, form: int, flags: int, alpha: float, beta: float
+) -> Tensor:
+    """An element's loss in any of the forms. beta: the exponent, which papers call gamma too.
+
+    positive: where the weight of varifocal forms is that of a positive; q is 0 elsewhere.
+    """
+    detach = bool(flags & DETACH_WEIGHT)
+    weight = torch.ones_like(q) if flags & UNIT_POSITIVES else q
+    if form == PROBABILITIES:
+        return quality_loss_probability(x, q, beta)
+    if form == VARIFOCAL:
+        return varifocal_loss(x, q, weight, positive, alpha, beta, detach)
+    if form == VARIFOCAL_PROBABILITIES:
+        return varifocal_loss_probability(x, q, weight, positive, alpha, beta, detach)
+    if form == FOCAL:
+        return focal_loss(x, q, alpha, beta)
+    if form == FOCAL_PROBABILITIES:
+        return focal_loss_probability(x, q, alpha, beta)
+    if form == MATCHABILITY:
+        target = matchability_target(q, beta)
+        return varifocal_loss(x, target, torch.ones_like(q), positive, alpha, beta, True)
+    if form == IOU_AWARE:
+        target = torch.where(positive, iou_aware_target(x, q, alpha), q)
+        return varifocal_loss(x, target, torch.ones_like(q), positive, 1.0, beta)
+    loss = quality_loss(x, q, beta)
+    return balance(q, alpha) * loss if form == BALANCED else loss
 
 
 # Distribution family
@@ -214,6 +306,26 @@ def quality_focal_loss(
     class_dim: int = -1,
 ) -> Tensor:
     """See :func:`gfl_kernels.quality_focal_loss`."""
+    form = PROBABILITIES if activated else LOGITS
+    return quality_family_loss(
+        pred, target, form, 0, 0.0, beta, weight, avg_factor, reduction, class_dim
+    )
+
+
+def quality_family_loss(
+    pred: Tensor,
+    target: Tensor | tuple[Tensor, Tensor],
+    form: int,
+    flags: int,
+    alpha: float,
+    beta: float,
+    weight: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    reduction: str = "mean",
+    class_dim: int = -1,
+) -> Tensor:
+    """Any loss of the quality family. Positive is a row's class; of a dense target what is
+    above 0."""
     dtype = accumulate_dtype(pred.dtype)
     x = pred.movedim(class_dim, -1).to(dtype)
     if isinstance(target, (tuple, list)):
@@ -221,15 +333,17 @@ def quality_focal_loss(
         classes = torch.arange(x.shape[-1], device=x.device)
         # A label outside [0, C), also -1, 255 or NaN, equals no class: the row is background, q = 0
         # everywhere.
-        q = torch.where(label.unsqueeze(-1) == classes, score.unsqueeze(-1).to(dtype), 0)
+        positive = label.unsqueeze(-1) == classes
+        q = torch.where(positive, score.unsqueeze(-1).to(dtype), 0)
     else:
         q = target.movedim(class_dim, -1).to(dtype)
+        positive = q > 0
     if weight is not None:
         weight = weight.to(dtype)
         weight = weight.movedim(class_dim, -1) if weight.dim() == x.dim() else weight.unsqueeze(-1)
         unread = weight == 0
         x = torch.where(unread, 0.5, x)
-    loss = (quality_loss_probability if activated else quality_loss)(x, q, beta)
+    loss = form_loss(x, q, positive, form, flags, alpha, beta)
     if weight is not None:
         loss = torch.where(unread, 0, loss * weight)
     return _reduce(loss.sum(-1), reduction, avg_factor)
@@ -347,7 +461,8 @@ def head_loss(
         row_weight = torch.cat(list(label_weights), dim=1).to(dtype)
         unread = row_weight == 0
         x = torch.where(unread.unsqueeze(-1), 0.5, x)
-    cls_loss = varifocal_loss(x, q, q > 0, alpha, beta) if varifocal else quality_loss(x, q, beta)
+    form = VARIFOCAL if varifocal else LOGITS
+    cls_loss = form_loss(x, q, q > 0, form, 0, alpha, beta)
     rows = cls_loss.sum(-1)
     if label_weights:
         rows = torch.where(unread, 0, rows * row_weight)

@@ -7,6 +7,7 @@ device whose backend is forced.
 import pytest
 import torch
 from support import (
+    FAMILY,
     FLOATS,
     bin_target,
     check_op,
@@ -77,6 +78,20 @@ def test_quality_dense_with_weights(compiled):
     weight = row_weight((2, 5, 7, 20)).movedim(-1, 1)
     check_op("quality", laid.pred, target, weight=weight, class_dim=1)
     check_op("quality", logits(70, 16), dense_target((70,), 16, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_family(compiled, name):
+    """Sparse targets with the label apart from the background and, of few classes, not."""
+    op, kwargs = FAMILY[name]
+    for classes in (40, 5):
+        x = logits(37, classes)
+        if kwargs.get("activated"):
+            x = x.double().sigmoid().clamp(0.02, 0.98).float()
+        target = sparse_target((37,), classes)
+        options = {"avg_factor": 5.0, "reduction": "mean", "grad_scale": 50.0, "what": name}
+        check_op(op, x, target, weight=row_weight((37,)), **options, **kwargs)
+    check_op(op, x, dense_target((37,), 5), **options, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -64,11 +64,13 @@ def mmdet():
     package = pytest.importorskip("mmdet", reason="mmdetection is not installed")
     assert package.__version__ == "3.3.0"
     from mmdet.models.dense_heads import gfl_head
-    from mmdet.models.losses import gfocal_loss
+    from mmdet.models.losses import focal_loss, gfocal_loss, varifocal_loss
 
     return types.SimpleNamespace(
         QualityFocalLoss=gfocal_loss.QualityFocalLoss,
         DistributionFocalLoss=gfocal_loss.DistributionFocalLoss,
+        VarifocalLoss=varifocal_loss.VarifocalLoss,
+        FocalLoss=focal_loss.FocalLoss,
         Integral=gfl_head.Integral,
         GFLHead=gfl_head.GFLHead,
     )

@@ -60,6 +60,7 @@ ARGUMENTS = {  # as in gfl_kernels.h
         ("beta", ctypes.c_double),
         _SCALE,
         ("alpha", ctypes.c_double),
+        ("flags", ctypes.c_int32),
     ),
     "distribution": _struct(
         "pred target weight_left weight_right weight avg_factor grad_loss loss grad", _SCALE
@@ -324,21 +325,25 @@ class SimulatedCuda:
     # The ops, as csrc/ops.h implements them.
 
     def quality_forward(
-        self, pred, target, score, weight, avg, form, beta, scale, reduction, write_grad
-    ):
+        self, pred, target, score, weight, avg, form, flags, alpha, beta, scale, reduction,
+        write_grad
+    ):  # fmt: skip
         loss, grad = _outputs(pred, reduction, write_grad)
         tensors = {"pred": pred, "target": target, "score": score, "weight": weight}
-        numbers = {"form": form, "beta": beta, "scale": _scale(pred, scale, reduction)}
+        numbers = {"form": form, "flags": flags, "alpha": alpha, "beta": beta}
+        numbers["scale"] = _scale(pred, scale, reduction)
         grad_ = grad if write_grad else None
         self.run("quality", numbers, **tensors, avg_factor=avg, loss=loss, grad=grad_)
         return loss, grad
 
     def quality_backward(
-        self, upstream, pred, target, score, weight, avg, form, beta, scale, reduction
-    ):
+        self, upstream, pred, target, score, weight, avg, form, flags, alpha, beta, scale,
+        reduction
+    ):  # fmt: skip
         grad = torch.empty_like(pred)
         tensors = {"pred": pred, "target": target, "score": score, "weight": weight}
-        numbers = {"form": form, "beta": beta, "scale": _scale(pred, scale, reduction)}
+        numbers = {"form": form, "flags": flags, "alpha": alpha, "beta": beta}
+        numbers["scale"] = _scale(pred, scale, reduction)
         self.run("quality", numbers, **tensors, avg_factor=avg, grad_loss=upstream, grad=grad)
         return grad
 

@@ -44,16 +44,46 @@ FLOATS = (torch.float32, *HALF)
 INF = float("inf")
 NAN = float("nan")
 
+
+def on_reference(function):
+    def call(*args, **kwargs):
+        with gfl_kernels.use_backend("reference"):
+            return function(*args, **kwargs)
+
+    return call
+
+
 PUBLIC = {
     "quality": gfl_kernels.quality_focal_loss,
+    "varifocal": gfl_kernels.varifocal_loss,
+    "matchability": gfl_kernels.matchability_aware_loss,
+    "ia_bce": gfl_kernels.ia_bce_loss,
+    "focal": gfl_kernels.sigmoid_focal_loss,
     "distribution": gfl_kernels.distribution_focal_loss,
     "integral": gfl_kernels.integral,
 }
 ORACLE = {
+    **{name: on_reference(function) for name, function in PUBLIC.items()},
     "quality": reference.quality_focal_loss,
     "distribution": reference.distribution_focal_loss,
     "integral": reference.integral,
 }
+
+# The rest of the quality family: name -> (op, keyword arguments), every form and flag once.
+FAMILY = {
+    "varifocal": ("varifocal", {}),
+    "varifocal_detached": ("varifocal", {"alpha": 0.2, "detach_weight": True}),
+    "varifocal_unit": ("varifocal", {"iou_weighted": False, "gamma": 1.5}),
+    "varifocal_probability": ("varifocal", {"activated": True}),
+    "focal": ("focal", {}),
+    "focal_plain": ("focal", {"alpha": -1, "gamma": 1.5}),
+    "focal_probability": ("focal", {"activated": True}),
+    "matchability": ("matchability", {}),
+    "ia_bce": ("ia_bce", {}),
+    "position_supervised": ("balanced", {"alpha": 0.25}),
+}
+PUBLIC["balanced"] = gfl_kernels.quality_focal_loss
+ORACLE["balanced"] = on_reference(gfl_kernels.quality_focal_loss)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,11 +26,23 @@ from support import (
 )
 
 import gfl_kernels
-from gfl_kernels import distribution_focal_loss, integral, quality_focal_loss, reference
+from gfl_kernels import (
+    distribution_focal_loss,
+    ia_bce_loss,
+    integral,
+    matchability_aware_loss,
+    quality_focal_loss,
+    reference,
+    sigmoid_focal_loss,
+    varifocal_loss,
+)
 
 ops = torch.ops.gfl_kernels
 NONE, SUM = 0, 1
-LOGITS, PROBABILITIES = 0, 1
+# form, flags, alpha of the op
+LOGITS, PROBABILITIES = (reference.LOGITS, 0, 0.0), (reference.PROBABILITIES, 0, 0.0)
+DETACHED = reference.VARIFOCAL, reference.DETACH_WEIGHT, 0.75
+FOCAL = reference.FOCAL, 0, 0.25
 
 
 def calls(rows=40, classes=17, device="cpu", seed=0):
@@ -52,6 +64,13 @@ def calls(rows=40, classes=17, device="cpu", seed=0):
         "quality_probability": lambda x: quality_focal_loss(
             x.sigmoid(), (label, score), activated=True
         ),
+        "varifocal_sparse_factor": lambda x: varifocal_loss(
+            x, (label, score), weight=weight, avg_factor=factor
+        ),
+        "focal_none": lambda x: sigmoid_focal_loss(x, dense),
+        "focal_labels_mean": lambda x: sigmoid_focal_loss(x, label, reduction="mean"),
+        "matchability_sum": lambda x: matchability_aware_loss(x, (label, score), reduction="sum"),
+        "ia_bce_factor": lambda x: ia_bce_loss(x, (label, score), avg_factor=7.5),
         "distribution_mean": lambda x: distribution_focal_loss(
             x, position, weight=weight, avg_factor=4
         ),
@@ -87,9 +106,11 @@ def quality_forms(requires_grad):
         (pred.double(), label, score.double(), None, None, LOGITS),
         (pred.bfloat16(), label, score, weight, None, LOGITS),
         (pred[:0], label[:0], score[:0], None, None, LOGITS),
+        (pred, label, score, weight, None, DETACHED),
+        (pred, dense, None, None, factor, FOCAL),
     ]
-    for first, *rest in tensors:
-        yield (first.detach().requires_grad_(requires_grad), *rest)
+    for first, *rest, form in tensors:
+        yield (first.detach().requires_grad_(requires_grad), *rest, *form)
 
 
 def distribution_forms(requires_grad):

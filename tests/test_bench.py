@@ -24,6 +24,11 @@ SMALL = {
     "probability": Case("qfl", "probability", (96, 5), passes=PASSES),
     "nchw": Case("qfl", "sparse", (2, 5, 6, 8), passes=PASSES),
     "plain": Case("qfl", "sparse", (96, 5), passes=PASSES, weighted=False),
+    "vfl dense": Case("vfl", "dense", (96, 5), passes=PASSES, weighted=False),
+    "vfl sparse": Case("vfl", "sparse", (96, 5), passes=PASSES, weighted=False),
+    "focal dense": Case("focal", "dense", (96, 5), passes=PASSES, weighted=False),
+    "focal sparse": Case("focal", "sparse", (96, 5), passes=PASSES, weighted=False),
+    "mal": Case("mal", "sparse", (96, 5), passes=PASSES, weighted=False),
     "dfl": Case("dfl", "", (96, 17), passes=PASSES),
     "integral": Case("integral", "", (96, 17), passes=PASSES),
 }

@@ -15,6 +15,7 @@ from compiled_cases import (  # noqa: F401
     test_distribution,
     test_distribution_bins,
     test_distribution_explicit_weights_and_layouts,
+    test_family,
     test_head,
     test_head_task_aligned,
     test_head_varifocal_gamma,
@@ -190,7 +191,8 @@ def test_loss_and_gradient_in_one_launch(compiled):
     """write_grad, which functional.py asks of the CPU backend alone."""
     x, (label, score) = logits(66, 20), sparse_target((66,), 20)
     for laid in (x, x.t().contiguous().t()):
-        loss, grad = compiled.quality_forward(laid, label, score, None, None, 0, 2.0, 0.5, 1, True)
+        rest = (None, None, 0, 0, 0.0, 2.0, 0.5, 1, True)
+        loss, grad = compiled.quality_forward(laid, label, score, *rest)
         leaf = laid.double().requires_grad_()
         with gfl_kernels.use_backend("reference"):
             truth = QUALITY(leaf, (label, score), reduction="sum") * 0.5
@@ -299,7 +301,7 @@ def test_instructions(dtype):
     label, score = sparse_target((rows,), 80)
     label[torch.rand(rows) > 0.06] = 80  # leaves one row in fifty
     with SimulatedCuda() as device:
-        device.quality_forward(x, label, score, None, None, 0, 2.0, 1.0, 1, True)
+        device.quality_forward(x, label, score, None, None, 0, 0, 0.0, 2.0, 1.0, 1, True)
     report = device.reports[0]
     assert report.warp_instructions * 32 / x.numel() <= APEX[dtype] / 2
     assert report.roofline("h100").bound_by == "dram"
@@ -691,7 +693,7 @@ def test_fake_tensors_end_to_end(monkeypatch):
         for loss in (QUALITY(x, (label, row)), DISTRIBUTION(z, row, reduction="none"), INTEGRAL(z)):
             assert loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.requires_grad
         # Not through loss.backward(): autograd's engine asks for the device.
-        rest = (None, None, 0, 2.0, 1.0, 1)
+        rest = (None, None, 0, 0, 0.0, 2.0, 1.0, 1)
         for space in (torch.ops.gfl_kernels, torch.ops.gfl_native):
             grad = space.quality_backward(row.sum(), x.detach(), label, row, *rest)
             assert grad.device.type == "cuda" and grad.dtype == torch.bfloat16

@@ -9,7 +9,15 @@ import torch
 from support import run_python
 
 import gfl_kernels
-from gfl_kernels import distribution_focal_loss, integral, quality_focal_loss
+from gfl_kernels import (
+    distribution_focal_loss,
+    ia_bce_loss,
+    integral,
+    matchability_aware_loss,
+    quality_focal_loss,
+    sigmoid_focal_loss,
+    varifocal_loss,
+)
 
 
 def label(n=3, dtype=torch.int64):
@@ -193,6 +201,57 @@ CASES = [
         ["beta", ">= 0", "nan"],
     ),
     (quality_focal_loss, (z(3, 4), GOOD), {"beta": "2"}, TypeError, ["beta", "str"]),
+    (quality_focal_loss, (z(3, 4), GOOD), {"alpha": 1.5}, ValueError, ["alpha", "[0, 1]", "1.5"]),
+    (quality_focal_loss, (z(3, 4), GOOD), {"alpha": "a"}, TypeError, ["alpha", "str"]),
+    (
+        quality_focal_loss,
+        (z(3, 4), GOOD),
+        {"alpha": 0.25, "activated": True},
+        ValueError,
+        ["alpha", "activated"],
+    ),
+    # the rest of the quality family
+    (varifocal_loss, ([[0.0]], GOOD), {}, TypeError, ["pred", "Tensor", "list"]),
+    (varifocal_loss, (z(3, 4), (label(2), z(3))), {}, ValueError, ["label", "(3,)", "(2,)"]),
+    (varifocal_loss, (z(3, 4), z(4, 3)), {}, ValueError, ["target", "(3, 4)", "(4, 3)"]),
+    (varifocal_loss, (z(3, 4), GOOD), {"alpha": -0.1}, ValueError, ["alpha", ">= 0", "-0.1"]),
+    (varifocal_loss, (z(3, 4), GOOD), {"gamma": -1}, ValueError, ["gamma", ">= 0", "-1"]),
+    (varifocal_loss, (z(3, 4), GOOD), {"weight": z(4)}, ValueError, ["weight", "(3,)", "(4,)"]),
+    (matchability_aware_loss, (z(3, 4), GOOD), {"gamma": "2"}, TypeError, ["gamma", "str"]),
+    (
+        matchability_aware_loss,
+        (z(3, 4), GOOD),
+        {"mal_alpha": -1},
+        ValueError,
+        ["mal_alpha", ">= 0", "-1"],
+    ),
+    (ia_bce_loss, (z(3, 4), GOOD), {"alpha": -0.5}, ValueError, ["alpha", "[0, 1]", "-0.5"]),
+    (
+        ia_bce_loss,
+        (z(3, 4), GOOD),
+        {"reduction": "average"},
+        ValueError,
+        ["reduction", "mean", "'average'"],
+    ),
+    (sigmoid_focal_loss, (z(3, 4), z(3, 4)), {"alpha": 2}, ValueError, ["alpha", "[0, 1]", "2"]),
+    (
+        sigmoid_focal_loss,
+        (z(3, 4), z(3, 4)),
+        {"alpha": float("nan")},
+        ValueError,
+        ["alpha", "[0, 1]", "nan"],
+    ),
+    (sigmoid_focal_loss, (z(3, 4), z(3, 4)), {"gamma": -2}, ValueError, ["gamma", ">= 0", "-2"]),
+    (sigmoid_focal_loss, (z(3, 4), z(3)), {}, TypeError, ["targets", "integer", "float32"]),
+    (sigmoid_focal_loss, (z(3, 4), label(4)), {}, ValueError, ["label", "(3,)", "(4,)"]),
+    (sigmoid_focal_loss, (z(3, 4), None), {}, TypeError, ["target", "NoneType"]),
+    (
+        sigmoid_focal_loss,
+        (z(3, 4), z(3, 4)),
+        {"reduction": "sum", "avg_factor": 2},
+        ValueError,
+        ['avg_factor can not be used with reduction="sum"'],
+    ),
     # distribution
     (distribution_focal_loss, (None, z(3)), {}, TypeError, ["pred", "Tensor", "NoneType"]),
     (
@@ -311,6 +370,9 @@ def test_message(backend, case):
 def test_modules_name_themselves_and_what_came(backend):
     with pytest.raises(ValueError, match="QualityFocalLoss: use_sigmoid must be True, got False"):
         gfl_kernels.QualityFocalLoss(use_sigmoid=False)
+    for module in (gfl_kernels.VarifocalLoss, gfl_kernels.FocalLoss):
+        with pytest.raises(ValueError, match=f"{module.__name__}: use_sigmoid must be True"):
+            module(use_sigmoid=False)
     for module in (gfl_kernels.QualityFocalLoss(), gfl_kernels.DistributionFocalLoss()):
         target = GOOD if isinstance(module, gfl_kernels.QualityFocalLoss) else z(3)
         with pytest.raises(
@@ -354,7 +416,7 @@ def test_ops_refuse_what_would_break_memory(native):
     ]
     for tensors in bad:
         with pytest.raises((RuntimeError, ValueError), match=r"must have"):
-            quality(*tensors, 0, 2.0, 1.0, 0, False)
+            quality(*tensors, 0, 0, 0.0, 2.0, 1.0, 0, False)
     distribution = torch.ops.gfl_kernels.distribution_forward
     for tensors in [
         (z(3, 5), z(2), None, None, None, None),
@@ -368,7 +430,7 @@ def test_ops_refuse_what_would_break_memory(native):
         torch.ops.gfl_kernels.integral_backward(z(2), z(3, 5), None)
     with pytest.raises((RuntimeError, ValueError), match=r"must have"):
         torch.ops.gfl_kernels.quality_backward(
-            z(2), z(3, 4), label(3), z(3), None, None, 0, 2.0, 1.0, 0
+            z(2), z(3, 4), label(3), z(3), None, None, 0, 0, 0.0, 2.0, 1.0, 0
         )
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from support import (
     ATOL,
+    FAMILY,
     INTERPRETED,
+    PUBLIC,
     RTOL,
     assert_no_worse,
     check_op,
@@ -113,9 +115,7 @@ def placed(draw, rows):
 
 
 def check(op, pred, *args, scale, **kwargs):
-    value = {"quality": quality_focal_loss, "distribution": distribution_focal_loss}[op](
-        pred, *args, **kwargs
-    )
+    value = PUBLIC[op](pred, *args, **kwargs)
     return check_op(op, pred, *args, upstream=random_upstream(value), scale=scale, **kwargs)
 
 
@@ -137,8 +137,12 @@ def test_quality(data):
     shape = data.draw(row_shapes(), "rows")
     classes = data.draw(st.integers(1, 40) | st.sampled_from([63, 64, 65, 80, 81, 129]), "classes")
     dtype, seed = data.draw(FLOATS, "dtype"), data.draw(SEED, "seed")
-    activated = data.draw(st.booleans(), "activated")
+    # Every second example is the Quality Focal Loss itself.
+    qfl = {f"qfl{i}": ("quality", {"activated": i > 6}) for i in range(len(FAMILY))}
+    op, form = {**qfl, **FAMILY}[data.draw(st.sampled_from([*qfl, *FAMILY]), "form")]
+    activated = form.get("activated", False)
     beta = data.draw(st.sampled_from([2.0, 2.0, 0.0, 1.0, 1.5, 3.0]), "beta")
+    form = {**form, "beta" if op in ("quality", "balanced") else "gamma": beta}
     x = values(seed, (*shape, classes), data.draw(st.sampled_from([0.0, 0.2, 1.0]), "special"))
     if activated:
         # Where p is 0 or 1 the gradient is 1e12: tested point by point elsewhere.
@@ -171,13 +175,12 @@ def test_quality(data):
     reduction = data.draw(REDUCTION, "reduction")
     kwargs = data.draw(averaging(reduction), "averaging")
     check(
-        "quality",
+        op,
         pred,
         target,
-        beta=beta,
+        **form,
         weight=weight,
         reduction=reduction,
-        activated=activated,
         class_dim=dim,
         # 1 / p(1 - p) is up to 1000 for the probabilities above; a factor below 1 multiplies
         # everything

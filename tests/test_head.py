@@ -22,7 +22,7 @@ from support import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gfl_kernels
-from gfl_kernels import dispatch, gfl_loss, ops, task_aligned_loss
+from gfl_kernels import dispatch, gfl_loss, ops, reference, task_aligned_loss
 
 # A call of an interpreted head takes a second or more.
 pytestmark = pytest.mark.interpreted_part(
@@ -618,7 +618,7 @@ def test_opcheck(fused):
         torch.library.opcheck(namespace.head_boxes.default, (*lists, *box, write))
     cls, others = lists[:2], lists[2:]
     leaves = [[t.detach().requires_grad_() for t in level] for level in cls]
-    cls_loss = (ops.LOGITS, 0.0, 2.0)
+    cls_loss = (reference.LOGITS, 0.0, 2.0)
     rest = (*assessed, *box, *cls_loss, [1.0, 2.0, 0.25])
     torch.library.opcheck(namespace.head_forward.default, (*leaves, *others, *rest, False))
     with torch.no_grad():
@@ -633,7 +633,7 @@ def test_opcheck_varifocal(fused):
     constants = ([1.0], ops.IOUS["ciou_all"], 1e-7, 14.99)
     namespace = torch.ops.gfl_kernels
     *assessed, _ = namespace.head_boxes(*lists, *constants, False)
-    rest = (*assessed, *constants, ops.VARIFOCAL, 0.75, 1.5, [1.0, 2.0, 0.25])
+    rest = (*assessed, *constants, reference.VARIFOCAL, 0.75, 1.5, [1.0, 2.0, 0.25])
     leaves = [[t.detach().requires_grad_()] for t in (cls, box)]
     torch.library.opcheck(namespace.head_forward.default, (*leaves, *lists[2:], *rest, False))
     with torch.no_grad():
@@ -660,7 +660,12 @@ def test_ops_check_what_memory_safety_needs(fused):
 
 def test_ops_refuse_forms_that_a_head_has_not(fused):
     lists, box, assessed = head_arguments(scene())
-    for form in (ops.PROBABILITIES, ops.VARIFOCAL, 7, -1):  # Varifocal Loss needs targets
+    for form in (
+        reference.PROBABILITIES,
+        reference.VARIFOCAL,
+        7,
+        -1,
+    ):  # Varifocal Loss needs targets
         arguments = (*lists, *assessed, *box, form, 0.75, 2.0, [1.0, 2.0, 0.25], False)
         with pytest.raises((ValueError, RuntimeError), match="form"):
             torch.ops.gfl_kernels.head_forward(*arguments)
@@ -673,7 +678,7 @@ def test_compiled_ops_refuse_an_iou_that_there_is_not(native, iou):
     with pytest.raises((ValueError, RuntimeError), match="no such iou"):
         torch.ops.gfl_native.head_boxes(*lists, *box, False)
     with pytest.raises((ValueError, RuntimeError), match="no such iou"):
-        arguments = (*lists, *assessed, *box, ops.LOGITS, 0.75, 2.0, [1.0, 2.0, 0.25], False)
+        arguments = (*lists, *assessed, *box, reference.LOGITS, 0.75, 2.0, [1.0, 2.0, 0.25], False)
         torch.ops.gfl_native.head_forward(*arguments)
 
 

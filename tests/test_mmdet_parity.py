@@ -100,6 +100,51 @@ def test_quality(backend, mmdet, dtype, reduction, avg_factor, form, activated):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("reduction, avg_factor", REDUCTIONS, ids=repr)
+def test_varifocal(backend, mmdet, dtype, reduction, avg_factor):
+    pred = logits(60, 17, dtype=dtype, extremes=False)
+    target, weight = dense_target((60,), 17, dtype=dtype), row_weight((60, 17), dtype=dtype)
+    for alpha, gamma, iou_weighted in ((0.75, 2.0, True), (0.5, 1.5, True), (0.75, 2.0, False)):
+        arguments = {
+            "alpha": alpha,
+            "gamma": gamma,
+            "iou_weighted": iou_weighted,
+            "reduction": reduction,
+            "loss_weight": 0.75,
+        }
+        modules = mmdet.VarifocalLoss(**arguments), gfl_kernels.VarifocalLoss(**arguments)
+        kwargs = factor_of(avg_factor, dtype)
+        compare(*modules, pred, target, **kwargs)
+        compare(*modules, pred, target, weight=weight, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("reduction, avg_factor", REDUCTIONS, ids=repr)
+@pytest.mark.parametrize("activated", [False, True])
+def test_focal(backend, mmdet, dtype, reduction, avg_factor, activated):
+    pred = logits(60, 17, dtype=dtype, extremes=False)
+    pred = pred.sigmoid() if activated else pred
+    label = sparse_target((60,), 17)[0]
+    label = torch.where((label < 0) | (label > 17), 17, label)  # upstream's one background
+    one_hot = torch.nn.functional.one_hot(label, 18)[:, :17].to(dtype)
+    for alpha, gamma in ((0.25, 2.0), (0.6, 1.5)):
+        arguments = {
+            "alpha": alpha,
+            "gamma": gamma,
+            "reduction": reduction,
+            "loss_weight": 0.75,
+            "activated": activated,
+        }
+        modules = mmdet.FocalLoss(**arguments), gfl_kernels.FocalLoss(**arguments)
+        kwargs = factor_of(avg_factor, dtype)
+        for target in (label, one_hot):
+            compare(*modules, pred, target, **kwargs)
+        for shape in ((60,), (60, 17), (60 * 17,)):
+            weight = row_weight(shape, dtype=dtype)
+            compare(*modules, pred, label, weight=weight, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("reduction, avg_factor", REDUCTIONS, ids=repr)
 def test_distribution(backend, mmdet, dtype, reduction, avg_factor):
     rows, bins = 60, 17
     pred = logits(rows, bins, dtype=dtype, extremes=False)

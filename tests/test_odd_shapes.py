@@ -6,9 +6,12 @@ memory that was filled with NaN and freed. A read or write one element outside, 
 written, shows as a sanitizer report or as a NaN.
 """
 
+import itertools
+
 import pytest
 import torch
 from support import (
+    FAMILY,
     INTERPRETED,
     LAYOUTS,
     bin_target,
@@ -100,6 +103,21 @@ def test_quality_heights(backend, dtype):
         )
         probabilities = pred.sigmoid().clamp(0.01, 0.99)
         check_op("quality", probabilities, target, activated=True, reduction="none", what="odd")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_family_widths_and_heights(backend, dtype):
+    """One form of the quality family for each shape, sparse and dense, with its rows' ends."""
+    shapes = combinations(HEIGHTS, (1, 3, 17, 80))
+    for (rows, classes), (op, form) in zip(shapes, itertools.cycle(FAMILY.values()), strict=False):
+        pred = logits(rows, classes, dtype=dtype, seed=rows)
+        if form.get("activated"):
+            pred = pred.sigmoid().clamp(0.02, 0.98)
+        poison_for(pred)
+        weight = row_weight((rows, classes))
+        for target in (sparse_target((rows,), classes), dense_target((rows,), classes)):
+            options = {"weight": weight, "reduction": "none", "grad_scale": 50.0, **form}
+            check_op(op, pred, target, what="odd", **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -274,6 +292,8 @@ def test_nothing_at_all(backend):
                 check_op("quality", pred, (zeros.long(), zeros), reduction=reduction)
                 check_op("quality", pred, torch.zeros(shape), weight=zeros, reduction=reduction)
                 check_op("distribution", pred, zeros, reduction=reduction)
+                for op, form in FAMILY.values():
+                    check_op(op, pred, (zeros.long(), zeros), reduction=reduction, **form)
             check_op("integral", pred)
 
 

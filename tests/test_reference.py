@@ -89,6 +89,18 @@ def mp_varifocal(x, q, positive, alpha, gamma, detach):
     return weight * cross_entropy, weight * d + slope * cross_entropy
 
 
+def mp_focal(x, y, alpha, gamma):
+    """(L, dL/dx) of one logit, L = alpha_t m^gamma B, m = y (1 - s) + (1 - y) s."""
+    x, y, alpha, gamma = (mpmath.mpf(value) for value in (x, y, alpha, gamma))
+    s, rest = 1 / (1 + mpmath.exp(-x)), 1 / (1 + mpmath.exp(x))
+    cross_entropy = y * mp_softplus(-x) + (1 - y) * mp_softplus(x)
+    m = y * rest + (1 - y) * s
+    factor = alpha * y + (1 - alpha) * (1 - y) if alpha >= 0 else 1
+    d = y * -rest + (1 - y) * s
+    slope = gamma * m ** (gamma - 1) * (1 - 2 * y) * s * rest
+    return factor * m**gamma * cross_entropy, factor * (m**gamma * d + slope * cross_entropy)
+
+
 def mp_log_softmax(z):
     top = max(z)
     shift = top + mpmath.log(mpmath.fsum(mpmath.exp(value - top) for value in z))
@@ -300,7 +312,7 @@ def test_varifocal(gamma, detach, one_hot):
     # Every other element is its row's class, the quality of some of these being 0.
     positive = torch.arange(len(pairs)) % 2 == 0 if one_hot else q > 0
     x.requires_grad_()
-    loss = reference.varifocal_loss(x, q, positive, 0.75, gamma, detach)
+    loss = reference.varifocal_loss(x, q, q, positive, 0.75, gamma, detach)
     (grad,) = torch.autograd.grad(loss.sum(), x)
     truth = [
         mp_varifocal(a, b, p, 0.75, gamma, detach)
@@ -308,6 +320,37 @@ def test_varifocal(gamma, detach, one_hot):
     ]
     assert_close(loss, [pair[0] for pair in truth], "loss")
     assert_close(grad, [pair[1] for pair in truth], "gradient")
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.5, 2.0])
+@pytest.mark.parametrize("alpha", [0.25, -1])
+def test_focal(gamma, alpha):
+    x, y, pairs = grid()
+    # Beyond [0, 1] m may be negative, which has no power.
+    inside = [i for i, (_, b) in enumerate(pairs) if 0 <= b <= 1]
+    x, y = x[inside].requires_grad_(), y[inside]
+    loss = reference.focal_loss(x, y, alpha, gamma)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    truth = [mp_focal(*pairs[i], alpha, gamma) for i in inside]
+    assert_close(loss, [pair[0] for pair in truth], "loss")
+    assert_close(grad, [pair[1] for pair in truth], "gradient")
+
+
+@pytest.mark.parametrize("exponent", [0.25, 1.0, 1.5])
+def test_targets_of_positives(exponent):
+    """q^gamma, and max(s^a q^(1 - a), 0.01), which is a constant."""
+    x, q, pairs = grid()
+    x.requires_grad_()
+    truth = [mpmath.mpf(b) ** exponent if b > 0 else 0 for _, b in pairs]
+    assert_close(reference.matchability_target(q, exponent), truth, "q^gamma")
+    target = reference.iou_aware_target(x, q, min(exponent, 0.75))
+    a = min(exponent, 0.75)
+    truth = [
+        max((1 / (1 + mpmath.exp(-v))) ** a * (mpmath.mpf(b) ** (1 - a) if b > 0 else 0), 0.01)
+        for v, b in pairs
+    ]
+    assert_close(target, truth, "max(s^a q^(1 - a), 0.01)")
+    assert not target.requires_grad
 
 
 def scale_rows(bins):

@@ -13,6 +13,7 @@ from compiled_cases import (  # noqa: F401
     test_distribution,
     test_distribution_bins,
     test_distribution_explicit_weights_and_layouts,
+    test_family,
     test_head,
     test_head_task_aligned,
     test_head_varifocal_gamma,

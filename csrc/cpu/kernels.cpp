@@ -41,30 +41,36 @@ struct Square {  // beta = 2
     return quality_square_loss_grad(x, q);
   }
 };
-struct General {
+// q of an element of a row with a label that is not the label's.
+template <typename S>
+constexpr S kNoLabel = -static_cast<S>(__builtin_inf());
+
+// Any form: positive is what has a q above `above`.
+template <int kForm>
+struct Form {
   static constexpr bool kTarget = true;
-  double beta;
+  int flags;
+  double alpha, beta, above;
   template <typename V>
-  GFL_INLINE LossGrad<V> apply(const General& f, V x, V q) {
-    return quality_loss_grad(x, q, static_cast<scalar_t<V>>(f.beta));
-  }
-};
-struct Probability {
-  static constexpr bool kTarget = true;
-  double beta;
-  template <typename V>
-  GFL_INLINE LossGrad<V> apply(const Probability& f, V p, V q) {
-    return quality_probability_loss_grad(p, q, static_cast<scalar_t<V>>(f.beta));
-  }
-};
-struct Varifocal {
-  static constexpr bool kTarget = true;
-  double alpha, gamma;
-  template <typename V>
-  GFL_INLINE LossGrad<V> apply(const Varifocal& f, V x, V q) {
+  GFL_INLINE LossGrad<V> apply(const Form& f, V x, V q) {
     using A = scalar_t<V>;
-    return varifocal_loss_grad(x, q, q > A(0), static_cast<A>(f.alpha), static_cast<A>(f.gamma),
-                               false);
+    const auto positive = q > static_cast<A>(f.above);
+    if constexpr (has_positives(kForm)) {
+      q = select(q == kNoLabel<A>, broadcast<V>(A(0)), q);
+    }
+    return form_loss_grad<kForm>(x, q, positive, f.flags, static_cast<A>(f.alpha),
+                                 static_cast<A>(f.beta));
+  }
+};
+// Elements of target 0 of all forms on logits.
+struct Others {
+  static constexpr bool kTarget = false;
+  double alpha, beta;
+  bool detach;
+  template <typename V>
+  GFL_INLINE LossGrad<V> apply(const Others& f, V x, V) {
+    using A = scalar_t<V>;
+    return background_loss_grad(x, static_cast<A>(f.alpha), static_cast<A>(f.beta), f.detach);
   }
 };
 
@@ -138,6 +144,16 @@ class Quality {
     row_loss_ = scratch.take<A>(n);
     label_ = scratch.take<int64_t>(n);
     square_ = p_.beta == 2 && p_.form == GFL_LOGITS;
+    const bool by_label = p_.score.data && has_positives(p_.form);
+    no_label_ = by_label ? kNoLabel<A> : 0;
+    above_ = by_label ? kNoLabel<double> : 0;
+    // QFL with other exponents has a formula that is more careful than Others.
+    has_background_ = square_ || !(on_probabilities(p_.form) || p_.form == GFL_LOGITS);
+    others_ = {1, p_.beta, p_.form == GFL_MATCHABILITY || p_.flags & GFL_DETACH_WEIGHT};
+    if (p_.form == GFL_VARIFOCAL || p_.form == GFL_MATCHABILITY) others_.alpha = p_.alpha;
+    if (p_.form == GFL_BALANCED || (p_.form == GFL_FOCAL && p_.alpha >= 0)) {
+      others_.alpha = 1 - p_.alpha;
+    }
   }
 
   double run(int64_t begin, int64_t count) {
@@ -242,11 +258,11 @@ class Quality {
     bool background = false;
     if (p_.score.data) {
       load_labels(p_.target, at(p_.target, r), p_.target.row[inner_], rows, classes, label_);
-      background = square_;
+      background = has_background_;
       for (int64_t i = 0; i < rows; ++i) background &= label_[i] < 0;
       if (!background) {
         load_run(p_.score, at(p_.score, r), p_.score.row[inner_], rows, row_score_);
-        memset(q_, 0, n * sizeof(A));
+        fill(q_, n, no_label_);
         for (int64_t i = 0; i < rows; ++i) {
           if (label_[i] >= 0) q_[i * classes + label_[i]] = row_score_[i];
         }
@@ -307,7 +323,7 @@ class Quality {
       for (int64_t i = 0; i < rows; ++i) {
         if (label_[i] >= 0) positive[positives++] = i;
       }
-      memset(q_, 0, rows * sizeof(A));
+      fill(q_, rows, no_label_);
     }
     const bool spread = !uniform_ && !p_.weight_per_class;
     const A factor = static_cast<A>(uniform_ ? p_.scale * row_weight_[0] : p_.scale);
@@ -318,7 +334,7 @@ class Quality {
       const A* q = q_;
       bool background = false;
       if (p_.score.data) {
-        background = square_;
+        background = has_background_;
         for (int64_t i = 0; i < positives; ++i) {
           if (label_[positive[i]] == c) {
             q_[positive[i]] = row_score_[positive[i]];
@@ -347,7 +363,7 @@ class Quality {
         for (int64_t i = 0; i < rows; ++i) row_loss_[i] += losses_[i];
       }
       if (p_.score.data) {
-        for (int64_t i = 0; i < positives; ++i) q_[positive[i]] = 0;
+        for (int64_t i = 0; i < positives; ++i) q_[positive[i]] = no_label_;
       }
     }
     for (int64_t i = 0; i < rows && p_.loss.data; ++i)
@@ -364,26 +380,65 @@ class Quality {
 
   double tile(bool background, const S* x, const A* q, const A* w, S* grad, A* losses, int64_t n,
               A factor) {
-    if (background) return tile(Background{}, x, q, w, grad, losses, n, factor);
+    if (background) {
+      return square_ ? tile(Background{}, x, q, w, grad, losses, n, factor)
+                     : weighted_tile(others_, x, q, w, grad, losses, n, factor);
+    }
     if (square_) return tile(Square{}, x, q, w, grad, losses, n, factor);
     switch (p_.form) {
+      case GFL_LOGITS:
+        return tile(form<GFL_LOGITS>(), x, q, w, grad, losses, n, factor);
       case GFL_PROBABILITIES:
-        return tile(Probability{p_.beta}, x, q, w, grad, losses, n, factor);
+        return tile(form<GFL_PROBABILITIES>(), x, q, w, grad, losses, n, factor);
       case GFL_VARIFOCAL:
-        return tile(Varifocal{p_.alpha, p_.beta}, x, q, w, grad, losses, n, factor);
-      default:
-        return tile(General{p_.beta}, x, q, w, grad, losses, n, factor);
+        return tile(form<GFL_VARIFOCAL>(), x, q, w, grad, losses, n, factor);
+      case GFL_FOCAL:
+        return weighted_tile(form<GFL_FOCAL>(), x, q, w, grad, losses, n, factor);
+      case GFL_VARIFOCAL_PROBABILITIES:
+        return full_tile(form<GFL_VARIFOCAL_PROBABILITIES>(), x, q, w, grad, losses, n, factor);
+      case GFL_FOCAL_PROBABILITIES:
+        return full_tile(form<GFL_FOCAL_PROBABILITIES>(), x, q, w, grad, losses, n, factor);
+      case GFL_MATCHABILITY:
+        return full_tile(form<GFL_MATCHABILITY>(), x, q, w, grad, losses, n, factor);
+      case GFL_IOU_AWARE:
+        return full_tile(form<GFL_IOU_AWARE>(), x, q, w, grad, losses, n, factor);
+      case GFL_BALANCED:
+        return full_tile(form<GFL_BALANCED>(), x, q, w, grad, losses, n, factor);
     }
+    return 0;
   }
+  template <int kForm>
+  Form<kForm> form() const {
+    return {p_.flags, p_.alpha, p_.beta, above_};
+  }
+
+  // The loop over a tile, in as many variants as a formula is worth: each takes half a second to
+  // compile, for every type and instruction set.
   template <typename Formula>
   double tile(const Formula& f, const S* x, const A* q, const A* w, S* grad, A* losses, int64_t n,
               A factor) {
-    if (grad) {
-      return w ? quality_tile<true, true>(f, x, q, w, grad, losses, n, factor)
-               : quality_tile<false, true>(f, x, q, w, grad, losses, n, factor);
-    }
-    return w ? quality_tile<true, false>(f, x, q, w, grad, losses, n, factor)
-             : quality_tile<false, false>(f, x, q, w, grad, losses, n, factor);
+    if (w) return weighted_tile(f, x, q, w, grad, losses, n, factor);
+    return grad ? quality_tile<false, true>(f, x, q, w, grad, losses, n, factor)
+                : quality_tile<false, false>(f, x, q, w, grad, losses, n, factor);
+  }
+  template <typename Formula>
+  double weighted_tile(const Formula& f, const S* x, const A* q, const A* w, S* grad, A* losses,
+                       int64_t n, A factor) {
+    return grad ? quality_tile<true, true>(f, x, q, weights(w, n), grad, losses, n, factor)
+                : quality_tile<true, false>(f, x, q, weights(w, n), grad, losses, n, factor);
+  }
+  template <typename Formula>
+  double full_tile(const Formula& f, const S* x, const A* q, const A* w, S* grad, A* losses,
+                   int64_t n, A factor) {
+    return quality_tile<true, true>(f, x, q, weights(w, n), grad ? grad : grad_, losses, n, factor);
+  }
+  const A* weights(const A* w, int64_t n) const {
+    if (!w) fill(w_, n, 1);
+    return w ? w : w_;
+  }
+
+  static void fill(A* values, int64_t n, A value) {
+    for (int64_t i = 0; i < n; ++i) values[i] = value;
   }
 
   static double sum_run(const A* values, int64_t n) {
@@ -400,14 +455,17 @@ class Quality {
 
   const QualityProblem& p_;
   const int inner_;
-  bool square_, uniform_ = true, some_zero_ = false;
+  bool square_, has_background_, uniform_ = true, some_zero_ = false;
+  A no_label_;
+  double above_;
+  Others others_;
   S *x_, *grad_;
   A *q_, *w_, *losses_, *row_weight_, *row_score_, *row_loss_;
   int64_t* label_;
 };
 
 double quality(const QualityProblem& problem, int64_t begin, int64_t count, void* scratch) {
-  const FlushDenormals flush(problem.form != GFL_PROBABILITIES);
+  const FlushDenormals flush(!on_probabilities(problem.form));
   switch (problem.pred.dtype) {
     case GFL_FLOAT32:
       return Quality<float>(problem, scratch).run(begin, count);

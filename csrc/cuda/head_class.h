@@ -26,7 +26,7 @@ GFL_DEVICE LossGrad<A> class_loss_grad(A x, A q, const HeadShape& s) {
   if constexpr ((kVariant & kCrossEntropy) != 0) return bce_with_logits_loss_grad(x, q);
   if (kGeneral ? s.varifocal : kVariant & kVarifocal) {
     const A gamma = kGeneral ? static_cast<A>(s.beta) : A(2);
-    return varifocal_loss_grad(x, q, q > 0, static_cast<A>(s.alpha), gamma, false);
+    return varifocal_loss_grad(x, q, q, q > 0, static_cast<A>(s.alpha), gamma, false);
   }
   if (!kGeneral || s.beta == 2) return quality_square_loss_grad(x, q);
   return quality_loss_grad(x, q, static_cast<A>(s.beta));

@@ -172,8 +172,8 @@ void plan_quality(const QualityProblem& q, bool sum, QualityShape* s, Launch* la
       !dense || (quality_layout(q.target, s->target, q.classes) == layout &&
                  (q.target.dtype == q.pred.dtype || q.target.dtype == GFL_FLOAT32));
   if (layout < 0 || !same || !target_fits || q.pred.dtype == GFL_FLOAT64 ||
-      (q.form == GFL_PROBABILITIES && has_loss && q.grad.data) || q.beta != 2 ||
-      q.weight_per_class || q.classes > kSmall / 4 ||
+      (q.form == GFL_PROBABILITIES && has_loss && q.grad.data) || q.form > GFL_PROBABILITIES ||
+      q.beta != 2 || q.weight_per_class || q.classes > kSmall / 4 ||
       !simple(s->rows,
               {&s->pred, &s->target, &s->score, &s->weight, &s->upstream, &s->loss, &s->grad})) {
     set_kernel(launch, kQualityGeneralKernel, q.pred.dtype);
@@ -573,7 +573,6 @@ class Head {
 void plan(const char* name, const gfl_quality_args& args, double* workspace, Plan* plan) {
   *plan = {};
   const QualityProblem q = describe(name, args);
-  if (q.form == GFL_VARIFOCAL) fail(std::string(name) + ": no kernel for Varifocal Loss");
   const bool sum = is_sum(args.loss);
   const Scale scale = scale_of(name, args.scale, args.avg_factor);
   if (sum) check_workspace(name, workspace);
@@ -582,8 +581,10 @@ void plan(const char* name, const gfl_quality_args& args, double* workspace, Pla
   if (s.rows.count == 0 || (!args.loss && !args.grad)) return;
   s.classes = q.classes;
   s.scale = scale;
+  s.alpha = q.alpha;
   s.beta = q.beta;
-  s.probabilities = q.form == GFL_PROBABILITIES;
+  s.form = q.form;
+  s.flags = q.flags;
   s.weight_per_class = q.weight_per_class;
   s.pred = steps_of(q.pred, q.ndim);
   s.target = steps_of(q.target, q.ndim);

@@ -1,11 +1,32 @@
-// The quality family on whatever quality.cu leaves: other exponents, weights per element, float64,
-// any strides. `lanes` threads to a row, an element at a time. The exponential
+// The quality family on whatever quality.cu leaves: other forms and exponents, weights per element,
+// float64, any strides. `lanes` threads to a row, an element at a time. The exponential
 // and the logarithm are math.h's own: for beta < 1 the gradient multiplies their error.
 #include "common.h"
 #include "kernels.h"
 
 namespace gfl {
 namespace {
+
+template <typename A>
+GFL_DEVICE LossGrad<A> element_loss_grad(A x, A q, bool positive, const QualityShape& s) {
+  const A alpha = static_cast<A>(s.alpha), beta = static_cast<A>(s.beta);
+  switch (s.form) {
+#define GFL_CASE(form) \
+  case form:           \
+    return form_loss_grad<form>(x, q, positive, s.flags, alpha, beta)
+    GFL_CASE(GFL_PROBABILITIES);
+    GFL_CASE(GFL_VARIFOCAL);
+    GFL_CASE(GFL_VARIFOCAL_PROBABILITIES);
+    GFL_CASE(GFL_FOCAL);
+    GFL_CASE(GFL_FOCAL_PROBABILITIES);
+    GFL_CASE(GFL_MATCHABILITY);
+    GFL_CASE(GFL_IOU_AWARE);
+    GFL_CASE(GFL_BALANCED);
+#undef GFL_CASE
+    default:
+      return form_loss_grad<GFL_LOGITS>(x, q, positive, s.flags, alpha, beta);
+  }
+}
 
 template <int kDtype>
 __global__ void __launch_bounds__(kQualityThreads, 3)
@@ -15,7 +36,7 @@ __global__ void __launch_bounds__(kQualityThreads, 3)
                            const __grid_constant__ QualityShape s) {
   using T = typename Element<kDtype>::type;
   using A = typename Element<kDtype>::acc;
-  const A factor = scale_factor<A>(s.scale, avg_factor), beta = static_cast<A>(s.beta);
+  const A factor = scale_factor<A>(s.scale, avg_factor);
   const int lanes = 1 << s.lane_bits, lane = threadIdx.x & (lanes - 1);
   const int together = kQualityThreads >> s.lane_bits;
   const bool sparse = score != nullptr;
@@ -52,9 +73,7 @@ __global__ void __launch_bounds__(kQualityThreads, 3)
           const A x = widen(static_cast<const T*>(pred)[at[0] + c * s.pred.column]);
           const A q = !sparse ? load_value<A>(target, s.target.dtype, at[1] + c * s.target.column)
                               : (c == label ? quality : A(0));
-          r = s.probabilities ? quality_probability_loss_grad(x, q, beta)
-              : beta == A(2)  ? quality_square_loss_grad(x, q)
-                              : quality_loss_grad(x, q, beta);
+          r = element_loss_grad(x, q, sparse ? c == label : q > A(0), s);
           r.loss *= element_weight;
           r.grad *= element_weight * row_factor;
         }

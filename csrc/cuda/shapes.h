@@ -35,9 +35,9 @@ struct Scale {
   int32_t avg_dtype;
 };
 
-// Quality family. quality_kernel is for beta = 2 and takes its kind of problem from its template
-// (of probabilities, loss or gradient: no training step asks for both at once);
-// quality_general_kernel takes whatever there is.
+// Quality family. quality_kernel is for Quality Focal Loss with beta = 2 and takes its kind of
+// problem from its template (of probabilities, loss or gradient: no training step asks for both at
+// once); quality_general_kernel takes whatever there is.
 enum QualityVariant { kLoss = 1, kGrad = 2, kDense = 4, kPlanes = 8, kProbabilities = 16 };
 constexpr int kQualityThreads = 256;
 constexpr int kPlaneRowFloats = 4;  // of shared memory, for each row of a tile of kPlanes
@@ -46,14 +46,15 @@ struct QualityShape {
   RowShape rows;
   Steps pred, target, score, weight, upstream, loss, grad;
   Scale scale;
-  double beta;
+  double alpha, beta;
+  int32_t form, flags;
   int64_t classes;
   int64_t tiles, tiles_per_run;  // kPlanes
   int32_t lane_bits;             // 2^lane_bits threads share a row, up to 32
   int32_t part_bits;             // kPlanes: 2^part_bits warps share a tile of rows, up to 8
   bool wide;  // pred, target and grad: rows are whole aligned vectors; kPlanes: vectors of rows are
   bool target_is_float;
-  bool weight_per_class, probabilities;  // general
+  bool weight_per_class;  // general
 };
 
 // Distribution family. distribution_kernel stages tiles of rows in shared memory, as they are;

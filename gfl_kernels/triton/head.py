@@ -16,15 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import accumulate_dtype
+from ..reference import LOGITS, VARIFOCAL, accumulate_dtype
 from .launch import (
     COLUMNS,
     INTERPRETED,
     INTERPRETED_ELEMENTS,
-    LOGITS,
     NEITHER,
     ROWS,
-    VARIFOCAL,
     Layout,
     acc_type,
     fast,
@@ -761,6 +759,8 @@ def head_cls_kernel(
                     1,
                     CLAMPED,
                     FORM,
+                    False,
+                    False,
                     SQUARE,
                     WEIGHT,
                     losses is not None,

@@ -24,9 +24,8 @@ INTERPRETED_ELEMENTS = 32768
 # Annotations of kernel arguments, which Triton reads as strings: types that no value changes.
 i32, i64, fp64 = int, int, float
 
-# Reductions and forms as ops.py numbers them.
+# Reductions as ops.py numbers them.
 NONE, SUM, MEAN = 0, 1, 2
-LOGITS, PROBABILITIES, VARIFOCAL = 0, 1, 2
 
 
 _one_launch = threading.Lock()

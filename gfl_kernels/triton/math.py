@@ -13,6 +13,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..reference import (
+    BALANCED,
+    FOCAL,
+    FOCAL_PROBABILITIES,
+    IOU_AWARE,
+    LOGITS,
+    MATCHABILITY,
+    PROBABILITIES,
+    VARIFOCAL,
+    VARIFOCAL_PROBABILITIES,
+)
+
+# A kernel reads no other globals.
+LOGITS_FORM, PROBABILITIES_FORM = tl.constexpr(LOGITS), tl.constexpr(PROBABILITIES)
+VARIFOCAL_FORM = tl.constexpr(VARIFOCAL)
+VARIFOCAL_PROBABILITIES_FORM = tl.constexpr(VARIFOCAL_PROBABILITIES)
+FOCAL_FORM, FOCAL_PROBABILITIES_FORM = tl.constexpr(FOCAL), tl.constexpr(FOCAL_PROBABILITIES)
+MATCHABILITY_FORM, IOU_AWARE_FORM = tl.constexpr(MATCHABILITY), tl.constexpr(IOU_AWARE)
+BALANCED_FORM = tl.constexpr(BALANCED)
+
 # Exponential and logarithm
 
 
@@ -76,6 +96,15 @@ def log1p_unit(e, HALF: tl.constexpr = False):
         p = p * e - 0.4999740537328888
         p = p * e + 0.9999998056682943
         return p * e
+
+
+@triton.jit
+def below_normal(x):
+    """Whether a number is below the smallest normal one, which has a logarithm."""
+    if x.dtype == tl.float64:
+        return x < 2.2250738585072014e-308
+    else:
+        return x < 1.1754943508222875e-38
 
 
 @triton.jit
@@ -243,21 +272,28 @@ def quality_loss_grad(x, q, beta, FAST: tl.constexpr):
 
 
 @triton.jit
-def quality_probability_loss_grad(
-    p, q, beta, SQUARE: tl.constexpr, BACKGROUND: tl.constexpr, FAST: tl.constexpr
-):
-    """Quality Focal Loss on probabilities: L = |d|^beta B, d = p - q, B = -q log p -
-    (1 - q) log(1 - p) with logs clamped at -100; dL/dp = |d|^beta d / max(p (1 - p), 1e-12) +
-    beta |d|^(beta - 1) sign(d) B: F.binary_cross_entropy's rules.
-
-    SQUARE: beta is 2. BACKGROUND: q is 0.
+def power_slope(d, beta, SQUARE: tl.constexpr):
+    """(|d|^beta, its derivative beta |d|^(beta - 1) sign(d), which is 0 at d = 0). SQUARE: beta is
+    2.
     """
-    if p.dtype == tl.float64:
-        smallest = 2.2250738585072014e-308
-        scale, log_scale = 1.0, 0.0
+    if SQUARE:
+        return d * d, d + d
     else:
-        smallest = 1.1754943508222875e-38
-        scale, log_scale = 18446744073709551616.0, 44.3614195558364998  # 2^64
+        size = tl.abs(d)
+        zero = below_normal(size)
+        safe = tl.where(zero, 1.0, size)
+        power = tl.where(zero, tl.where(beta == 0.0, 1.0, 0.0), pow_abs(logarithm(safe), beta))
+        slope = beta * (power / safe)
+        return power, tl.where(zero, 0.0, tl.where(d > 0.0, slope, -slope))
+
+
+@triton.jit
+def bce_loss_grad(p, q, BACKGROUND: tl.constexpr, FAST: tl.constexpr):
+    """Binary cross entropy of probabilities: B = -q log p - (1 - q) log(1 - p) with logs clamped at
+    -100; dB/dp = (p - q) / max(p (1 - p), 1e-12): F.binary_cross_entropy's rules.
+
+    BACKGROUND: q is 0.
+    """
     d = p
     if not BACKGROUND:
         d = p - q
@@ -270,35 +306,90 @@ def quality_probability_loss_grad(
     near = log1m(m, FAST)
     if FAST:
         far = logarithm(m, FAST)
+    elif p.dtype == tl.float64:
+        far = logarithm(m)
     else:  # a denormal, sigmoid(-95) in float32, has a logarithm too
-        tiny = m < smallest
-        far = logarithm(tl.where(tiny, m * scale, m)) - tl.where(tiny, log_scale, 0.0)
+        tiny = below_normal(m)
+        far = logarithm(tl.where(tiny, m * 18446744073709551616.0, m))
+        far -= tl.where(tiny, 44.3614195558364998, 0.0)  # log(2^64)
     far = tl.where(far < -100.0, -100.0, far)
     b = -tl.where(upper, far, near)
     if not BACKGROUND:
         b = (1.0 - q) * b - q * tl.where(upper, near, far)
-    if SQUARE:  # |d|^beta and beta |d|^(beta - 1) sign(d)
-        power = d * d
-        slope = d + d
-    else:
-        size = tl.abs(d)
-        zero = size < smallest
-        safe = tl.where(zero, 1.0, size)
-        power = tl.where(zero, tl.where(beta == 0.0, 1.0, 0.0), pow_abs(logarithm(safe), beta))
-        slope = beta * (power / safe)
-        slope = tl.where(zero, 0.0, tl.where(d > 0.0, slope, -slope))
     # The float that PyTorch has in every dtype. NaN stays NaN.
     spread = m - m * m
     spread = tl.where(spread < 9.999999960041972e-13, 9.999999960041972e-13, spread)
-    # A p beyond [0, 1] stands still in B: only |d|^beta still depends on it.
-    bce_slope = tl.where(beyond, 0.0, d * reciprocal(spread, FAST))
-    return power * b, power * bce_slope + slope * b
+    # A p beyond [0, 1] stands still.
+    return b, tl.where(beyond, 0.0, d * reciprocal(spread, FAST))
+
+
+@triton.jit
+def quality_probability_loss_grad(
+    p, q, beta, SQUARE: tl.constexpr, BACKGROUND: tl.constexpr, FAST: tl.constexpr
+):
+    """Quality Focal Loss on probabilities: L = |d|^beta B, d = p - q, B as above.
+
+    SQUARE: beta is 2. BACKGROUND: q is 0.
+    """
+    b, slope = bce_loss_grad(p, q, BACKGROUND, FAST)
+    d = p
+    if not BACKGROUND:
+        d = p - q
+    power, power_s = power_slope(d, beta, SQUARE)
+    return power * b, power * slope + power_s * b
+
+
+@triton.jit
+def balance(q, alpha):
+    """The factor that weighs positives, q > 0, against the rest: alpha, 1 - alpha."""
+    return tl.where(q > 0.0, alpha, 1.0 - alpha)
+
+
+@triton.jit
+def log_sigmoid(log1p_e, a, x):
+    """log s = x - softplus(x)."""
+    return -(log1p_e + tl.where(x >= 0.0, 0.0, a))
+
+
+@triton.jit
+def sigmoid_power(log1p_e, w, a, r, x, gamma, SQUARE: tl.constexpr):
+    """s^gamma. SQUARE: gamma is 2."""
+    if SQUARE:
+        s = tl.where(x >= 0.0, r, w)
+        return s * s
+    else:
+        return tl.where(gamma == 0.0, 1.0, pow_abs(log_sigmoid(log1p_e, a, x), gamma))
+
+
+@triton.jit
+def background_loss_grad(
+    x,
+    alpha,
+    gamma,
+    SQUARE: tl.constexpr,
+    DETACHED: tl.constexpr,
+    FAST: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """What an element of target 0 has in nearly all of the family: L = alpha s^gamma softplus(x),
+    dL/dx = alpha s^gamma (s + gamma (1 - s) softplus(x)), without the second term if the weight is
+    DETACHED.
+    """
+    log1p_e, w, _, a, _, r = logistic(x, FAST, HALF)
+    right = x >= 0.0
+    b = log1p_e + tl.where(right, a, 0.0)
+    slope = tl.where(right, r, w)
+    weight = alpha * sigmoid_power(log1p_e, w, a, r, x, gamma, SQUARE)
+    if not DETACHED:
+        slope += gamma * (tl.where(right, w, r) * b)
+    return weight * b, weight * slope
 
 
 @triton.jit
 def varifocal_loss_grad(
     x,
     q,
+    weight,
     positive,
     alpha,
     gamma,
@@ -307,28 +398,180 @@ def varifocal_loss_grad(
     FAST: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Varifocal Loss: L = w B, w = q on positives, alpha s^gamma on the others; dL/dx = w d, on the
-    others + w gamma (1 - s) B unless the weight is DETACHED.
+    """L = w B, w = weight on positives, alpha s^gamma on the others; dL/dx = w d, on the others
+    + w gamma (1 - s) B unless the weight is DETACHED. Varifocal Loss has weight = q.
 
     SQUARE: gamma is 2.
     """
     log1p_e, w, _, a, _, r = logistic(x, FAST, HALF)
     right = x >= 0.0
-    s = tl.where(right, r, w)
     tau = tl.where(right, 1.0 - q, q)
     b = cross_entropy(a, tau, log1p_e)
     d = tau - w
     d = tl.where(right, d, -d)
-    if SQUARE:
-        power = s * s
-    else:
-        log_s = -(log1p_e + tl.where(right, 0.0, a))
-        power = tl.where(gamma == 0.0, 1.0, pow_abs(log_s, gamma))
-    weight = tl.where(positive, q, alpha * power)
+    power = sigmoid_power(log1p_e, w, a, r, x, gamma, SQUARE)
+    weight = tl.where(positive, weight, alpha * power)
     if not DETACHED:
         rest = tl.where(right, w, r)  # 1 - s
         d += tl.where(positive, 0.0, gamma * (rest * b))
     return weight * b, weight * d
+
+
+@triton.jit
+def varifocal_probability_loss_grad(
+    p,
+    q,
+    weight,
+    positive,
+    alpha,
+    gamma,
+    SQUARE: tl.constexpr,
+    DETACHED: tl.constexpr,
+    BACKGROUND: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """The same on probabilities: B as in bce_loss_grad, alpha p^gamma on the others. BACKGROUND:
+    there are no positives.
+    """
+    b, slope = bce_loss_grad(p, q, BACKGROUND, FAST)
+    power, power_s = power_slope(p, gamma, SQUARE)
+    w, w_slope = alpha * power, alpha * power_s
+    if not BACKGROUND:
+        w = tl.where(positive, weight, w)
+        w_slope = tl.where(positive, 0.0, w_slope)
+    grad = w * slope
+    if not DETACHED:
+        grad += w_slope * b
+    return w * b, grad
+
+
+@triton.jit
+def matchability_target(q, gamma):
+    """q^gamma, what Matchability-Aware Loss trains positives to, and 0 for q <= 0."""
+    zero = below_normal(q)
+    return tl.where(zero, 0.0, pow_abs(logarithm(tl.where(zero, 1.0, q)), gamma))
+
+
+@triton.jit
+def iou_aware_target(x, q, alpha, FAST: tl.constexpr, HALF: tl.constexpr):
+    """max(s^alpha q^(1 - alpha), 0.01), a constant: what IA-BCE trains positives to."""
+    log1p_e, w, _, a, _, r = logistic(x, FAST, HALF)
+    target = sigmoid_power(log1p_e, w, a, r, x, alpha, False) * matchability_target(q, 1.0 - alpha)
+    return tl.where(target < 0.01, 0.01, target)
+
+
+@triton.jit
+def focal_alpha(y, alpha):
+    """alpha y + (1 - alpha) (1 - y), or 1 for alpha < 0."""
+    return tl.where(alpha < 0.0, 1.0, y * (alpha + alpha - 1.0) + (1.0 - alpha))
+
+
+@triton.jit
+def focal_loss_grad(
+    x, y, alpha, gamma, SQUARE: tl.constexpr, FAST: tl.constexpr, HALF: tl.constexpr
+):
+    """Focal Loss: L = alpha_t m^gamma B, m = y (1 - s) + (1 - y) s; dL/dx = alpha_t m^gamma (d +
+    gamma (1 - 2 y) s (1 - s) / m B). m = tau (1 - w) + (1 - tau) w, where nothing cancels, and
+    (1 - 2 y) s (1 - s) / m = sign(x) (2 tau - 1) w (1 - w) / m, in which the last two are 1 - w for
+    tau = 0, also where w underflows.
+
+    SQUARE: gamma is 2.
+    """
+    log1p_e, w, ds, a, _, r = logistic(x, FAST, HALF)
+    right = x >= 0.0
+    tau = tl.where(right, 1.0 - y, y)
+    b = cross_entropy(a, tau, log1p_e)
+    d = tau - w  # sign(x) d
+    m = tau * r + (1.0 - tau) * w
+    if SQUARE:  # m^gamma; gamma m^(gamma - 1) s (1 - s)
+        power = m * m
+        slope = (m + m) * ds
+    else:
+        zero = below_normal(m)
+        safe = tl.where(zero, 1.0, m)
+        power = tl.where(zero, tl.where(gamma == 0.0, 1.0, 0.0), pow_abs(logarithm(safe), gamma))
+        slope = gamma * (power * tl.where(tau == 0.0, r, tl.where(zero, 0.0, ds / safe)))
+    factor = focal_alpha(y, alpha)
+    g = factor * (power * d + (tau + tau - 1.0) * slope * b)
+    return factor * power * b, tl.where(right, g, -g)
+
+
+@triton.jit
+def focal_probability_loss_grad(
+    p, y, alpha, gamma, SQUARE: tl.constexpr, BACKGROUND: tl.constexpr, FAST: tl.constexpr
+):
+    """The same on probabilities: m = y (1 - p) + (1 - y) p, B as in bce_loss_grad."""
+    b, slope = bce_loss_grad(p, y, BACKGROUND, FAST)
+    power, power_s = power_slope(y * (1.0 - p) + (1.0 - y) * p, gamma, SQUARE)
+    factor = focal_alpha(y, alpha)
+    return factor * power * b, factor * (power * slope + power_s * (1.0 - (y + y)) * b)
+
+
+@triton.jit
+def form_loss_grad(
+    x,
+    q,
+    positive,
+    alpha,
+    beta,
+    BACKGROUND: tl.constexpr,
+    FORM: tl.constexpr,
+    DETACHED: tl.constexpr,
+    UNIT: tl.constexpr,
+    SQUARE: tl.constexpr,
+    FAST: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """(loss, gradient) of an element in any form (reference.py). positive: where the weight of
+    varifocal forms is that of a positive; q is 0 elsewhere. beta is the exponent, which papers call
+    gamma too.
+
+    SQUARE: beta is 2. BACKGROUND: q is 0 and nothing is positive. DETACHED, UNIT: the flags.
+    """
+    if FORM == PROBABILITIES_FORM:
+        return quality_probability_loss_grad(x, q, beta, SQUARE, BACKGROUND, FAST)
+    elif FORM == VARIFOCAL_PROBABILITIES_FORM:
+        return varifocal_probability_loss_grad(
+            x, q, 1.0 if UNIT else q, positive, alpha, beta, SQUARE, DETACHED, BACKGROUND, FAST
+        )
+    elif FORM == FOCAL_PROBABILITIES_FORM:
+        return focal_probability_loss_grad(x, q, alpha, beta, SQUARE, BACKGROUND, FAST)
+    elif FORM == LOGITS_FORM:
+        if not SQUARE:
+            return quality_loss_grad(x, q, beta, FAST)
+        elif BACKGROUND:
+            return quality_background_loss_grad(x, FAST, HALF)
+        else:
+            return quality_square_loss_grad(x, q, FAST, HALF)
+    elif BACKGROUND:
+        factor = alpha
+        if FORM == FOCAL_FORM:
+            factor = focal_alpha(0.0, alpha)
+        elif FORM == IOU_AWARE_FORM:
+            factor = 1.0
+        elif FORM == BALANCED_FORM:
+            factor = 1.0 - alpha
+        CONSTANT: tl.constexpr = DETACHED or FORM == MATCHABILITY_FORM
+        return background_loss_grad(x, factor, beta, SQUARE, CONSTANT, FAST, HALF)
+    elif FORM == VARIFOCAL_FORM:
+        return varifocal_loss_grad(
+            x, q, 1.0 if UNIT else q, positive, alpha, beta, SQUARE, DETACHED, FAST, HALF
+        )
+    elif FORM == FOCAL_FORM:
+        return focal_loss_grad(x, q, alpha, beta, SQUARE, FAST, HALF)
+    elif FORM == MATCHABILITY_FORM:
+        target = matchability_target(q, beta)
+        return varifocal_loss_grad(x, target, 1.0, positive, alpha, beta, SQUARE, True, FAST, HALF)
+    elif FORM == IOU_AWARE_FORM:
+        target = tl.where(positive, iou_aware_target(x, q, alpha, FAST, HALF), q)
+        return varifocal_loss_grad(x, target, 1.0, positive, 1.0, beta, SQUARE, False, FAST, HALF)
+    else:
+        if SQUARE:
+            loss, grad = quality_square_loss_grad(x, q, FAST, HALF)
+        else:
+            loss, grad = quality_loss_grad(x, q, beta, FAST)
+        factor = balance(q, alpha)
+        return factor * loss, factor * grad
 
 
 # Distribution family

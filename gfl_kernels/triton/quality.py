@@ -7,6 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import (
+    DETACH_WEIGHT,
+    FOCAL,
+    FOCAL_PROBABILITIES,
+    LOGITS,
+    PROBABILITIES,
+    UNIT_POSITIVES,
+    VARIFOCAL,
+    VARIFOCAL_PROBABILITIES,
+)
 from .launch import (
     ABSENT,
     INTERPRETED,
@@ -15,10 +25,8 @@ from .launch import (
     NONE,
     PER_ELEMENT,
     PER_ROW,
-    PROBABILITIES,
     ROWS,
     SCALAR,
-    VARIFOCAL,
     acc_type,
     beside_columns,
     columns_ahead,
@@ -42,17 +50,16 @@ from .launch import (
     tile_rows,
 )
 from .math import (
-    quality_background_loss_grad,
-    quality_loss_grad,
-    quality_probability_loss_grad,
-    quality_square_loss_grad,
-    varifocal_loss_grad,
+    FOCAL_PROBABILITIES_FORM,
+    PROBABILITIES_FORM,
+    VARIFOCAL_PROBABILITIES_FORM,
+    form_loss_grad,
 )
 
 _MATRICES = ("pred", "grad", "target", "weight")
 _VECTORS = ("score", "upstream")
 
-PROBABILITIES_FORM, VARIFOCAL_FORM = tl.constexpr(PROBABILITIES), tl.constexpr(VARIFOCAL)
+ON_PROBABILITIES = (PROBABILITIES, VARIFOCAL_PROBABILITIES, FOCAL_PROBABILITIES)
 
 # From so many classes on it pays to work out the label's element apart from the background, whose
 # formulas are shorter.
@@ -69,31 +76,6 @@ def class_index(label, C: tl.constexpr):
     else:
         label = label.to(tl.int64)
         return tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
-
-
-@triton.jit
-def element_loss_grad(
-    x,
-    q,
-    alpha,
-    beta,
-    BACKGROUND: tl.constexpr,  # q is 0
-    FORM: tl.constexpr,
-    SQUARE: tl.constexpr,
-    FAST: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    """(loss, gradient) of an element in whatever form x and beta have."""
-    if FORM == VARIFOCAL_FORM:
-        return varifocal_loss_grad(x, q, q > 0.0, alpha, beta, SQUARE, False, FAST, HALF)
-    elif FORM == PROBABILITIES_FORM:
-        return quality_probability_loss_grad(x, q, beta, SQUARE, BACKGROUND, FAST)
-    elif not SQUARE:
-        return quality_loss_grad(x, q, beta, FAST)
-    elif BACKGROUND:
-        return quality_background_loss_grad(x, FAST, HALF)
-    else:
-        return quality_square_loss_grad(x, q, FAST, HALF)
 
 
 @triton.jit
@@ -119,6 +101,8 @@ def quality_rows(
     RUNS: tl.constexpr,
     CLAMPED: tl.constexpr,
     FORM: tl.constexpr,
+    DETACHED: tl.constexpr,
+    UNIT: tl.constexpr,
     SQUARE: tl.constexpr,
     WEIGHT: tl.constexpr,
     LOSS: tl.constexpr,
@@ -137,15 +121,31 @@ def quality_rows(
     their gradients times g_factor. Weights of elements are read here, those of rows are not.
     """
     HALF: tl.constexpr = pred[0].dtype.element_ty.primitive_bitwidth == 16
-    OFF: tl.constexpr = 0.0 if FORM == PROBABILITIES_FORM else float("-inf")
+    ON_PROBABILITIES: tl.constexpr = (
+        FORM == PROBABILITIES_FORM
+        or FORM == VARIFOCAL_PROBABILITIES_FORM
+        or FORM == FOCAL_PROBABILITIES_FORM
+    )
+    OFF: tl.constexpr = 0.0 if ON_PROBABILITIES else float("-inf")
     LABEL_APART: tl.constexpr = label is not None and C >= APART_CLASSES
     if LABEL_APART:
         # The label's own element; all others are background.
         has_label = read & (label >= 0)
         label_at = in_matrix(pred, outer, middle, row, label, PRED_CONTIGUOUS, PRED_UNIT)
         x_label = tl.load(label_at, mask=has_label, other=0).to(ACC)
-        label_loss, label_grad = element_loss_grad(
-            x_label, quality, alpha, beta, False, FORM, SQUARE, FAST, HALF
+        label_loss, label_grad = form_loss_grad(
+            x_label,
+            quality,
+            has_label,
+            alpha,
+            beta,
+            False,
+            FORM,
+            DETACHED,
+            UNIT,
+            SQUARE,
+            FAST,
+            HALF,
         )
         label_loss = tl.where(has_label, label_loss, 0.0)
         label_grad = tl.where(has_label, label_grad, 0.0)
@@ -180,15 +180,19 @@ def quality_rows(
         x = load_elements(pred_at, mask, OFF, ACC, FAST)
         if label is None:
             q = load_elements(target_at, mask, 0.0, ACC, FAST)
+            positive = q > 0.0
             target_at += columns_ahead(STEP, target[4], TARGET_CONTIGUOUS, TARGET_UNIT)
         else:
             here = ahead == first_class
             if LABEL_APART:
                 x = tl.where(here, OFF, x)
-                q = 0.0
+                q, positive = 0.0, False
             else:
                 q = tl.where(here, quality[:, None], 0.0)
-        element, g = element_loss_grad(x, q, alpha, beta, LABEL_APART, FORM, SQUARE, FAST, HALF)
+                positive = here & read[:, None]
+        element, g = form_loss_grad(
+            x, q, positive, alpha, beta, LABEL_APART, FORM, DETACHED, UNIT, SQUARE, FAST, HALF
+        )
         if LABEL_APART and grad[0] is not None:
             g = tl.where(here, label_grad[:, None], g)
         if WEIGHT == 3:
@@ -223,6 +227,7 @@ def quality_kernel(
     counter,
     grad,  # [rows, C] or None
     scale: "fp64",
+    alpha: "fp64",
     beta: "fp64",
     rows: "i64",  # of the innermost row dimension, in units of ROW_UNIT
     tiles_per_run: "i32",
@@ -254,7 +259,9 @@ def quality_kernel(
     STEP: tl.constexpr,  # classes
     UNROLL: tl.constexpr,
     RUNS: tl.constexpr,
-    FORM: tl.constexpr,  # LOGITS or PROBABILITIES
+    FORM: tl.constexpr,
+    DETACHED: tl.constexpr,
+    UNIT: tl.constexpr,
     SQUARE: tl.constexpr,  # beta is 2
     WEIGHT: tl.constexpr,  # ABSENT, SCALAR, PER_ROW or PER_ELEMENT, as the next two
     LOSS: tl.constexpr,
@@ -277,7 +284,7 @@ def quality_kernel(
     out along the dimension of stride 1.
     """
     rows = rows * ROW_UNIT
-    beta = tl.full((), beta, ACC)
+    alpha, beta = tl.full((), alpha, ACC), tl.full((), beta, ACC)
     factor = scale_factor(scale, avg_factor, ACC)
     row_factor = factor
     if UPSTREAM == 1:
@@ -320,7 +327,7 @@ def quality_kernel(
         inside,
         read,
         g_factor,
-        None,
+        alpha,
         beta,
         C,
         TILE_ROWS,
@@ -329,6 +336,8 @@ def quality_kernel(
         RUNS,
         CLAMPED,
         FORM,
+        DETACHED,
+        UNIT,
         SQUARE,
         WEIGHT,
         LOSS != 0,
@@ -400,6 +409,8 @@ def _launch(
     weight: Tensor | None,
     avg_factor: Tensor | None,
     form: int,
+    flags: int,
+    alpha: float,
     beta: float,
     scale: float,
     reduction: int,
@@ -430,7 +441,7 @@ def _launch(
             None if grad is None else torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
         )
         upstream = upstream.contiguous() if per_row and upstream is not None else upstream
-        rest = (avg_factor, form, beta, scale, reduction)
+        rest = (avg_factor, form, flags, alpha, beta, scale, reduction)
         _launch(*copies, *rest, upstream=upstream, loss=loss, grad=result)
         if grad is not None:
             grad.copy_(result)
@@ -441,10 +452,10 @@ def _launch(
         pred.element_size(),
         rows["PRED_UNIT"],
         rows["PRED_CONTIGUOUS"] == ROWS,
-        square,
+        square and form in (LOGITS, PROBABILITIES, VARIFOCAL, FOCAL),
         score is None,
         loss is not None and grad is not None,
-        form == PROBABILITIES,
+        form in ON_PROBABILITIES,
     )
     tiles, rows = lay_out(shape.rows, *operands)
     if reduction == MEAN:
@@ -464,6 +475,7 @@ def _launch(
             counter,
             grad,
             scale,
+            alpha,
             beta,
             C=classes,
             TILE_ROWS=shape.rows,
@@ -471,6 +483,8 @@ def _launch(
             UNROLL=shape.unroll,
             maxnreg=64 if pred.dtype is not torch.float64 else None,
             FORM=form,
+            DETACHED=bool(flags & DETACH_WEIGHT),
+            UNIT=bool(flags & UNIT_POSITIVES),
             SQUARE=square,
             WEIGHT=(
                 ABSENT if weight is None else PER_ELEMENT if weight.dim() == pred.dim() else PER_ROW

@@ -52,14 +52,35 @@ typedef struct {
   const int64_t* strides;
 } gfl_view;
 
-/* A loss of the quality family and what pred holds: Quality Focal Loss on logits or on
- * probabilities, Varifocal Loss on logits. */
-typedef enum { GFL_LOGITS = 0, GFL_PROBABILITIES = 1, GFL_VARIFOCAL = 2 } gfl_form;
+/* A loss of the quality family, with s the sigmoid of the logit x and B binary cross entropy; on
+ * probabilities s = x. Positive is the class that a label names, or without labels what has q > 0.
+ */
+typedef enum {
+  /* Quality Focal Loss: |s - q|^beta B(x, q). */
+  GFL_LOGITS = 0,
+  GFL_PROBABILITIES = 1,
+  /* q B(x, q) on positives, alpha s^beta B(x, 0) on the others. */
+  GFL_VARIFOCAL = 2,
+  GFL_VARIFOCAL_PROBABILITIES = 3,
+  /* a m^beta B(x, q), m = q (1 - s) + (1 - q) s, a = alpha q + (1 - alpha) (1 - q); a = 1 for
+   * alpha < 0. */
+  GFL_FOCAL = 4,
+  GFL_FOCAL_PROBABILITIES = 5,
+  /* B(x, q^beta) on positives, alpha s^beta B(x, 0) on the others, whose weight is a constant. */
+  GFL_MATCHABILITY = 6,
+  /* B(x, t) on positives with a constant t = max(s^alpha q^(1 - alpha), 0.01), s^beta B(x, 0) on
+   * the others. */
+  GFL_IOU_AWARE = 7,
+  /* Quality Focal Loss, alpha times where q > 0 and 1 - alpha times elsewhere. */
+  GFL_BALANCED = 8
+} gfl_form;
 
-/* Quality Focal Loss: L = |sigmoid(x) - q|^beta BCE(x, q), summed over the classes of each row; or
- * (on the CPU) Varifocal Loss: L = q BCE(x, q) where q > 0, else alpha sigmoid(x)^beta BCE(x, q).
- * Loss and gradient are multiplied by scale and, with avg_factor, divided by avg_factor +
- * eps(float32). Optional views may be NULL. */
+/* Of GFL_VARIFOCAL*: the weight is a constant of the derivative; positives have weight 1. */
+enum { GFL_DETACH_WEIGHT = 1, GFL_UNIT_POSITIVES = 2 };
+
+/* A loss of the quality family, summed over the classes of each row. Loss and gradient are
+ * multiplied by scale and, with avg_factor, divided by avg_factor + eps(float32). Optional views
+ * may be NULL. */
 typedef struct {
   const gfl_view* pred;   /* [..., C]  float32, float64, bfloat16 or float16 */
   const gfl_view* target; /* [...] labels, outside [0, C) is background; or [..., C] qualities if
@@ -74,7 +95,8 @@ typedef struct {
   int32_t form;         /* a gfl_form */
   double beta;
   double scale;
-  double alpha; /* of Varifocal Loss */
+  double alpha; /* of forms that have one */
+  int32_t flags;
 } gfl_quality_args;
 
 #define GFL_CUDA_WORKSPACE_BYTES 32768
