@@ -35,6 +35,7 @@ REPLACED = [
     LOSSES + "quality_focal_loss_tensor_target",
     LOSSES + "quality_focal_loss_with_prob",
     LOSSES + "distribution_focal_loss",
+    "mmdet.models.losses.varifocal_loss.varifocal_loss",
     "mmdet.models.dense_heads.gfl_head.Integral.forward",
     "mmdet.models.dense_heads.gfl_head.GFLHead.loss_by_feat",
 ]
@@ -172,6 +173,9 @@ def test_functions(mmdet, reduction, avg_factor):
         for target in (sparse, dense):
             compare(loss, pred, target, weight, avg_factor)
             compare(activated, pred.sigmoid(), target, weight, avg_factor)
+    for iou_weighted in (True, False):
+        varifocal = mmdet.VarifocalLoss(iou_weighted=iou_weighted, **options)
+        compare(varifocal, pred, dense, weight[:, None].expand(rows, classes), avg_factor)
     maps, soft = logits(2, 5, 3, 4, extremes=False), dense_target((2, 5, 3), 4)
     compare(mmdet.QualityFocalLoss(reduction="none"), maps, soft)
     target = bin_target((rows,), bins).clamp(0, bins - 1.1)

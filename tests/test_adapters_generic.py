@@ -64,6 +64,26 @@ def distribution_focal_loss(pred, label):
     ) * (label - left)
 
 
+def varifocal_loss(
+    pred,
+    target,
+    weight=None,
+    alpha=0.75,
+    gamma=2.0,
+    iou_weighted=True,
+    reduction="mean",
+    avg_factor=None,
+):
+    positive = (target > 0).to(pred.dtype)
+    focal = alpha * (pred.sigmoid() - target).abs() ** gamma * (1 - positive)
+    focal = focal + (target if iou_weighted else 1) * positive
+    loss = F.binary_cross_entropy_with_logits(pred, target, reduction="none") * focal
+    loss = loss if weight is None else loss * weight
+    if avg_factor is not None and reduction == "mean":
+        return loss.sum() / avg_factor
+    return {"none": lambda x: x, "mean": torch.mean, "sum": torch.sum}[reduction](loss)
+
+
 class Integral(nn.Module):
     def __init__(self, reg_max=16):
         super().__init__()
@@ -162,6 +182,7 @@ def test_nanodet():
     module = python_module(
         quality_focal_loss=quality_focal_loss,
         distribution_focal_loss=distribution_focal_loss,
+        varifocal_loss=varifocal_loss,
         Integral=NanoDetIntegral,
     )
     before = dict(vars(module)), dict(vars(module.Integral))
@@ -170,6 +191,7 @@ def test_nanodet():
             "somebody.losses.Integral.forward",
             "somebody.losses.distribution_focal_loss",
             "somebody.losses.quality_focal_loss",
+            "somebody.losses.varifocal_loss",
         ]
         assert accelerate(module).replaced == []
     assert (dict(vars(module)), dict(vars(module.Integral))) == before
@@ -184,6 +206,15 @@ def test_nanodet():
     target = torch.tensor([0.0, 1.5, 6.9, 3.0, 2.25])
     rows = logits(5, 8, extremes=False)
     check(lambda x: module.distribution_focal_loss(x, target, WEIGHT, "none"), rows, module)
+    soft, elements = torch.rand(5, 3).round(decimals=1), torch.rand(5, 3)
+    for reduction in ("none", "mean"):
+        check(
+            lambda x, r=reduction: module.varifocal_loss(
+                x, soft.to(x.dtype), elements.to(x.dtype), gamma=1.5, reduction=r
+            ),
+            pred,
+            module,
+        )
     sides = logits(2, 3, 4 * 17, extremes=False)
     check(lambda x: module.Integral().to(x.dtype)(x), sides, module)
 

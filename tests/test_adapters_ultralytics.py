@@ -20,6 +20,7 @@ REPLACED = [
     "ultralytics.nn.modules.block.DFL.forward",
     "ultralytics.utils.loss.DFLoss.__call__",
     "ultralytics.utils.loss.BboxLoss.forward",
+    "ultralytics.utils.loss.VarifocalLoss.forward",
     "ultralytics.utils.loss.v8DetectionLoss.bbox_decode",
     "ultralytics.utils.loss.v8DetectionLoss.get_assigned_targets_and_loss",
 ]
@@ -108,7 +109,7 @@ def test_without_distributions(ultralytics):
 
 def test_parts(ultralytics):
     from ultralytics.nn.modules.block import DFL
-    from ultralytics.utils.loss import BboxLoss, DFLoss
+    from ultralytics.utils.loss import BboxLoss, DFLoss, VarifocalLoss
 
     pred, target = logits(40, 16, extremes=False), torch.rand(10, 4) * 17 - 1
     layer, maps = DFL(16), logits(2, 64, 5, extremes=False)
@@ -122,6 +123,11 @@ def test_parts(ultralytics):
     def distribution(leaf):
         return DFLoss(16)(leaf, target.to(leaf.dtype))
 
+    def varifocal(leaf):  # a positive whose score is 0 among them
+        one_hot = torch.nn.functional.one_hot(torch.tensor([[0, 3, 2], [3, 1, 1]]), 4)[..., :-1]
+        scores = torch.tensor([[0.7, 0.9, 0.0], [0.2, 1.0, 0.4]], dtype=leaf.dtype)[..., None]
+        return VarifocalLoss()(leaf, scores * one_hot, one_hot)
+
     def box(leaf):  # boxes that were not decoded from these logits
         args = [t.to(leaf.dtype) for t in (boxes[0], points, boxes[1], scores, scores.sum())]
         image, stride = torch.tensor([64.0, 64.0]), torch.ones(6, 1)
@@ -131,6 +137,7 @@ def test_parts(ultralytics):
         ("DFL", lambda x: layer.to(x.dtype)(x), maps),
         ("DFLoss", distribution, pred),
         ("BboxLoss", box, box_logits),
+        ("VarifocalLoss", varifocal, logits(2, 3, CLASSES, extremes=False)),
     ):
         results = []
         for number, report in ((1, accelerate("ultralytics")), (1, None), (2, None)):

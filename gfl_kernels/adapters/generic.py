@@ -201,6 +201,14 @@ def _dense(subject, activated=False):
     return [(pred, target, *rest) for _, _, *rest in calls]
 
 
+def _elements(subject):
+    """_dense, with a weight per element."""
+    return [
+        (pred, target, *(r[:, None].expand_as(pred) if isinstance(r, Tensor) else r for r in rest))
+        for pred, target, *rest in _dense(subject)
+    ]
+
+
 def _bins(subject):
     pred = _logits(subject, 4, BINS)
     target = torch.tensor([0.0, 1.25, 3.9, 2.0], device=pred.device)
@@ -214,8 +222,8 @@ def _function(rows, **options):
     def probe(subject):
         for pred, target, *rest in rows(subject, **options):
             if rest:
-                yield (pred, target, rest[0], "mean", rest[1]), {}
-                yield (pred, target, rest[0], "none"), {}
+                yield (pred, target, rest[0]), {"reduction": "mean", "avg_factor": rest[1]}
+                yield (pred, target, rest[0]), {"reduction": "none"}
             else:
                 yield (pred, target), {}
 
@@ -268,6 +276,7 @@ FUNCTIONS: dict[str, Candidates] = {
     "quality_focal_loss_with_prob": [
         (losses.quality_of_probabilities, _function(_sparse, activated=True))
     ],
+    "varifocal_loss": [(losses.varifocal, _function(_elements))],
     "distribution_focal_loss": [(losses.distribution, _function(_bins))],
 }
 METHODS: dict[tuple[str | None, str], Candidates] = {
@@ -281,6 +290,7 @@ METHODS: dict[tuple[str | None, str], Candidates] = {
 # Of single instances only: under a class their functions are replaced.
 MODULES: dict[tuple[str | None, str], Candidates] = {
     ("QualityFocalLoss", "forward"): [(losses.quality_module, _module(_sparse))],
+    ("VarifocalLoss", "forward"): [(losses.varifocal_module, _module(_elements))],
     ("DistributionFocalLoss", "forward"): [(losses.distribution_module, _module(_bins))],
     ("DFL", "forward"): [(ultralytics.dfl_layer, _dfl)],
 }

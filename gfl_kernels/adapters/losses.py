@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from ..functional import (
     _distribution_focal_loss,
+    _quality_family,
     _quality_focal_loss,
+    _varifocal_rule,
     distribution_focal_loss,
     integral,
     quality_focal_loss,
@@ -86,6 +88,31 @@ def distribution(original, pred, target, weight=None, reduction="mean", avg_fact
     )
 
 
+def varifocal(
+    original,
+    pred,
+    target,
+    weight=None,
+    alpha=0.75,
+    gamma=2.0,
+    iou_weighted=True,
+    reduction="mean",
+    avg_factor=None,
+):
+    """mmdetection's, whose reductions are over elements."""
+    return _quality_family(
+        "varifocal_loss",
+        pred,
+        target,
+        _varifocal_rule(alpha, gamma, iou_weighted, False, False),
+        weight,
+        avg_factor,
+        reduction,
+        -1,
+        elementwise=True,
+    )
+
+
 def quality_module(
     original, self, pred, target, weight=None, avg_factor=None, reduction_override=None
 ):
@@ -107,6 +134,23 @@ def distribution_module(
 ):
     return _distribution_focal_loss(
         pred, target, weight, avg_factor, reduction_override or self.reduction, -1, self.loss_weight
+    )
+
+
+def varifocal_module(
+    original, self, pred, target, weight=None, avg_factor=None, reduction_override=None
+):
+    return _quality_family(
+        "varifocal_loss",
+        pred,
+        target,
+        _varifocal_rule(self.alpha, self.gamma, self.iou_weighted, False, False),
+        weight,
+        avg_factor,
+        reduction_override or self.reduction,
+        -1,
+        self.loss_weight,
+        elementwise=True,
     )
 
 

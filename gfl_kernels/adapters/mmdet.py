@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from .. import head
 from . import losses
-from .core import Report, check_version, fused, qualified
+from .core import Report, check_version, fused
 
 SUPPORTED = ("3.3.0",)
 _REGISTRY = f"{__package__.rpartition('.')[0]}.registry"
@@ -57,7 +57,7 @@ def plan(report: Report) -> None:
     report.replace(gfocal_loss, "quality_focal_loss_tensor_target", losses.quality_dense)
     report.replace(gfocal_loss, "quality_focal_loss_with_prob", losses.quality_of_probabilities)
     report.replace(gfocal_loss, "distribution_focal_loss", losses.distribution)
-    report.left[qualified(varifocal_loss, "varifocal_loss")] = "there is no fused form of it yet"
+    report.replace(varifocal_loss, "varifocal_loss", losses.varifocal)
     report.replace(gfl_head.Integral, "forward", losses.integral_module)
     report.replace(gfl_head.GFLHead, "loss_by_feat", loss_by_feat)
     for kind in _subclasses(gfl_head.GFLHead):
@@ -189,11 +189,13 @@ def registered() -> dict[str, type]:
     """What configs get for ``type='gfl_kernels.QualityFocalLoss'`` and the like: mmdetection's
     classes with our losses, whether or not mmdetection is accelerated."""
     gfocal_loss = import_module("mmdet.models.losses.gfocal_loss")
+    varifocal_loss = import_module("mmdet.models.losses.varifocal_loss")
     gfl_head = import_module("mmdet.models.dense_heads.gfl_head")
     table = {}
     for base, name, function in (
         (gfocal_loss.QualityFocalLoss, "forward", losses.quality_module),
         (gfocal_loss.DistributionFocalLoss, "forward", losses.distribution_module),
+        (varifocal_loss.VarifocalLoss, "forward", losses.varifocal_module),
         (gfl_head.GFLHead, "loss_by_feat", loss_by_feat),
     ):
         members = {name: fused(function, getattr(base, name)), "__doc__": base.__doc__}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import head
-from ..functional import distribution_focal_loss, integral
+from ..functional import distribution_focal_loss, integral, varifocal_loss
 from .core import Report, check_version, qualified
 
 SUPPORTED = "8.4."
@@ -26,7 +26,7 @@ def plan(report: Report) -> None:
     report.replace(block.DFL, "forward", dfl_layer)
     report.replace(loss.DFLoss, "__call__", distribution)
     report.replace(loss.BboxLoss, "forward", box_loss)
-    report.left[qualified(loss.VarifocalLoss, "forward")] = "there is no fused form of it yet"
+    report.replace(loss.VarifocalLoss, "forward", varifocal)
     report.replace(loss.v8DetectionLoss, "bbox_decode", decode)
     report.replace(loss.v8DetectionLoss, "get_assigned_targets_and_loss", detection_loss)
     report.left[qualified(loss.v8OBBLoss, "loss")] = (
@@ -51,6 +51,16 @@ def distribution(original, self, pred_dist, target):
     target = target.clamp(0, self.reg_max - 1 - 0.01)
     loss = distribution_focal_loss(pred_dist, target.view(-1), reduction="none")
     return loss.view(target.shape).mean(-1, keepdim=True)
+
+
+def varifocal(original, self, pred_score, gt_score, label):
+    """VarifocalLoss.forward: label is one-hot or 0, [B, A, C]; its class is positive whatever its
+    score. The mean over A of the sums over C, summed over B."""
+    inside, index = label.max(dim=-1)
+    score = gt_score.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    target = index.masked_fill(inside <= 0, -1), score
+    loss = varifocal_loss(pred_score, target, alpha=self.alpha, gamma=self.gamma, reduction="sum")
+    return loss / pred_score.shape[1]
 
 
 def decode(original, self, anchor_points, pred_dist):
