@@ -116,7 +116,7 @@ def _plan_instance(report: Report, path: str, instance: Any) -> None:
         base = import_module("ultralytics.utils.loss").v8DetectionLoss
         for name, function in (
             ("bbox_decode", ultralytics.decode),
-            ("get_assigned_targets_and_loss", ultralytics.detection_loss),
+            ("get_assigned_targets_and_loss", ultralytics.detection_loss_for(base)),
         ):
             own = getattr(kind, name) is not getattr(base, name)
             why = f"it has its own {name}" if own else ultralytics.why_not(instance)

@@ -3,6 +3,7 @@ its methods is replaced as a whole, its own code still runs for what is not a lo
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from importlib import import_module
 
@@ -28,7 +29,11 @@ def plan(report: Report) -> None:
     report.replace(loss.BboxLoss, "forward", box_loss)
     report.replace(loss.VarifocalLoss, "forward", varifocal)
     report.replace(loss.v8DetectionLoss, "bbox_decode", decode)
-    report.replace(loss.v8DetectionLoss, "get_assigned_targets_and_loss", detection_loss)
+    report.replace(
+        loss.v8DetectionLoss,
+        "get_assigned_targets_and_loss",
+        detection_loss_for(loss.v8DetectionLoss),
+    )
     report.left[qualified(loss.v8OBBLoss, "loss")] = (
         "its boxes are rotated; its distribution loss is DFLoss"
     )
@@ -123,6 +128,7 @@ class _Assignment:
     is the criterion's, but the losses cost nothing."""
 
     class_weights = None
+    targets = divisor = None
 
     def __init__(self, criterion):
         self._criterion = criterion
@@ -148,22 +154,36 @@ def detection_loss(original, self, preds, batch, **assign_kwargs):
     why = why_not(self)
     if why is not None:
         warnings.warn(f"{type(self).__name__} is not fused: {why}", stacklevel=2)
-    if why is not None or self.class_weights is not None:
+    if why is not None or getattr(self, "class_weights", None) is not None:
         return original(self, preds, batch, **assign_kwargs)
     assignment = _Assignment(self)
     with torch.no_grad():
-        assigned, loss, _ = original(assignment, preds, batch, **assign_kwargs)
-    gains = self.hyp.cls, self.hyp.box, self.hyp.dfl
+        assigned, loss, items = original(assignment, preds, batch, **assign_kwargs)
+    if assignment.targets is None:  # older 8.4 have no box loss where there is no foreground
+        return original(self, preds, batch, **assign_kwargs)
     out = head.task_aligned_loss(
         preds["scores"],
         preds["boxes"],
         *assignment.targets,
         channel_dim=1,
-        loss_weights=gains,
+        loss_weights=(self.hyp.cls, self.hyp.box, self.hyp.dfl),
         avg_factor=assignment.divisor,
     )
     loss = torch.stack([out.loss_bbox, out.loss_cls, out.loss_dfl]).to(loss.dtype)
-    return assigned, loss, dict(zip(self.loss_names, loss.detach(), strict=True))
+    logged = loss.detach()
+    if isinstance(items, dict):
+        logged = dict(zip(items, logged, strict=True))
+    return assigned, loss, logged
+
+
+def detection_loss_of_batch(original, self, preds, batch):
+    """The same, before assigners took options."""
+    return detection_loss(original, self, preds, batch)
+
+
+def detection_loss_for(kind: type):
+    parameters = inspect.signature(kind.get_assigned_targets_and_loss).parameters
+    return detection_loss if "assign_kwargs" in parameters else detection_loss_of_batch
 
 
 def why_not(criterion) -> str | None:
