@@ -424,8 +424,15 @@ def test_one_model(mmdet):
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=False)
     assert loaded.head.integral.forward.instance is loaded.head.integral
+    images, rows = batch[0][:1], logits(6, 4 * 17, extremes=False)
+    patched = torch.export.export(Distances(twin), (images,)).graph_module.code
+    compiled = torch.compile(model.head.integral, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(rows), other.head.integral(rows))
+    torch._dynamo.reset()
     assert len(restore(twin)) == len(report.replaced)
     restore(model)
+    assert torch.export.export(Distances(twin), (images,)).graph_module.code == patched
     for module, attributes_before in zip(model.modules(), before, strict=True):
         assert vars(module).keys() == attributes_before.keys()
-        assert all(vars(module)[key] is value for key, value in attributes_before.items())
+        changed = [k for k, v in attributes_before.items() if vars(module)[k] is not v]
+        assert not changed, (type(module).__name__, changed)
