@@ -426,7 +426,7 @@ def test_one_model(mmdet):
     assert loaded.head.integral.forward.instance is loaded.head.integral
     images, rows = batch[0][:1], logits(6, 4 * 17, extremes=False)
     patched = torch.export.export(Distances(twin), (images,)).graph_module.code
-    compiled = torch.compile(model.head.integral, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(twin.head.integral, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(rows), other.head.integral(rows))
     torch._dynamo.reset()
     assert len(restore(twin)) == len(report.replaced)
