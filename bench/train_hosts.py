@@ -35,7 +35,7 @@ from gfl_kernels.adapters import accelerate
 
 FULL = {
     "mmdet": Size(steps=200, batch_size=16, scenes=800, held_out=200),
-    "ultralytics": Size(steps=200, batch_size=8, scenes=800, held_out=200),
+    "ultralytics": Size(steps=200, batch_size=8, scenes=400, held_out=100),
 }
 QUICK = Size(steps=12, batch_size=4, scenes=24, held_out=8)
 FIRST_STEPS, FIRST_LIMIT = 20, 1e-4

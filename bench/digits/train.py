@@ -105,6 +105,7 @@ class Training:
     curve: list[float] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     clocked = "loss objects"
+    learning_rate = LEARNING_RATE
 
     def build(self) -> nn.Module:
         """The model; its initial weights follow from the seed, which has been set."""
@@ -127,13 +128,13 @@ class Training:
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-            lr=LEARNING_RATE,
+            lr=self.learning_rate,
             eps=EPSILON,
             weight_decay=WEIGHT_DECAY,
         )
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
-            max_lr=LEARNING_RATE,
+            max_lr=self.learning_rate,
             total_steps=self.plan.steps,
             pct_start=WARM_UP,
         )
