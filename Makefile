@@ -17,15 +17,22 @@ NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt gfl_kernels/_version.py
   $(wildcard cmake/*) $(wildcard python/*) $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc python tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help venv demo gallery test test-triton test-asan check-isa bench bench-quick roofline lint format wheel sdist ci clean
+.PHONY: help venv demo demo-mmdet demo-ultralytics gallery test test-triton test-asan check-isa bench bench-quick \
+  roofline lint format wheel sdist ci clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.package ## Create .venv with everything development needs
 
 demo: $(VENV)/.package ## Train a detector on scanned digits with plain and with fused losses
 	$(PY) -m bench.train_digits $(DEMO_ARGS)
+
+demo-mmdet: $(VENV)/.package ## The same with mmdetection's own head, as it is and accelerated
+	$(PY) -m bench.train_hosts mmdet $(DEMO_ARGS)
+
+demo-ultralytics: $(VENV)/.package ## The same with Ultralytics' YOLOv8n
+	$(PY) -m bench.train_hosts ultralytics $(DEMO_ARGS)
 
 gallery: $(VENV)/.package ## Draw distributions of box sides, their mean, peak, spread and the decoded boxes
 	$(PY) -m bench.gallery $(GALLERY_ARGS)
@@ -123,8 +130,8 @@ $(PY):
 	  'name one with: make PYTHON=/path/to/python3' >&2; exit 1
 
 $(VENV)/.requirements: requirements-dev.txt | $(PY)
-	grep -v '^mm' requirements-dev.txt | $(PIP) install --disable-pip-version-check -q -r /dev/stdin
-	grep '^mm' requirements-dev.txt | $(PIP) install --disable-pip-version-check -q --no-deps -r /dev/stdin
+	sed '/^# without dependencies/,$$d' $< | $(PIP) install --disable-pip-version-check -q -r /dev/stdin
+	sed -n '/^# without dependencies/,$$p' $< | $(PIP) install --disable-pip-version-check -q --no-deps -r /dev/stdin
 	touch $@
 
 $(VENV)/.package: $(VENV)/.requirements $(NATIVE_SOURCES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import statistics
@@ -256,11 +257,18 @@ def memory(inputs: Inputs, contestant: Callable[[Tensor], Tensor]) -> Memory:
     x.grad = None
     steps = _allocations(forward)
     saved = sum(steps) - result.numel() * result.element_size()
-    peak = alive = 0
-    for change in steps + _allocations(backward):
-        alive += change
-        peak = max(peak, alive)
-    return Memory(max(saved, 0), peak)
+    return Memory(max(saved, 0), _peak(steps + _allocations(backward)))
+
+
+def peak_of(statement: Callable[[], object]) -> int:
+    """The most bytes of tensors alive at once while it runs, without those it began with."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        statement()
+    return _peak(_allocations(record))
+
+
+def _peak(steps: list[int]) -> int:
+    return max(itertools.accumulate(steps, initial=0))
 
 
 def _allocations(record: profile) -> list[int]:

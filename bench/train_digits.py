@@ -39,7 +39,7 @@ from bench.digits import compare, evaluate, pictures
 from bench.digits.assign import assign_all
 from bench.digits.detector import Detector, LossObjects
 from bench.digits.scenes import IMAGE_SIZE, NUM_CLASSES, make_scenes
-from bench.digits.train import Plan, Run
+from bench.digits.train import Plan, Run, Training
 from bench.machine import allocator_settings, describe_machine, describe_versions
 
 THREADS = 2
@@ -176,10 +176,10 @@ def make_plan(size: Size, seed: int) -> Plan:
 def make_runs(plan: Plan) -> dict[str, Run]:
     """(a), (b), and the controls of (a), by name."""
     runs = [
-        Run("plain PyTorch", plan, PLAIN, THREADS),
-        Run("gfl_kernels", plan, OURS, THREADS),
-        Run(f"{CONTROL_THREADS} thread", plan, PLAIN, CONTROL_THREADS),
-        Run("float64", plan, PLAIN, THREADS, in_double=True),
+        Run("plain PyTorch", plan, THREADS, loss_objects=PLAIN),
+        Run("gfl_kernels", plan, THREADS, loss_objects=OURS),
+        Run(f"{CONTROL_THREADS} thread", plan, CONTROL_THREADS, loss_objects=PLAIN),
+        Run("float64", plan, THREADS, loss_objects=PLAIN, in_double=True),
     ]
     return {run.name: run for run in runs}
 
@@ -196,7 +196,7 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-def train(runs: dict[str, Run], plan: Plan, progress: Progress) -> None:
+def train(runs: dict[str, Training], plan: Plan, progress: Progress) -> None:
     turns = list(runs.values())
     task = progress.add_task("training", total=plan.steps, losses="")
     for number, scene_numbers in enumerate(plan.order()):
@@ -207,7 +207,7 @@ def train(runs: dict[str, Run], plan: Plan, progress: Progress) -> None:
         progress.update(task, advance=1, losses=f"loss: plain {plain:.3f}, ours {ours:.3f}")
 
 
-def milliseconds(run: Run) -> dict[str, float]:
+def milliseconds(run: Training) -> dict[str, float]:
     """Medians over the steps after the warm-up."""
     return {
         part: 1e3 * statistics.median(values[min(WARM_UP_STEPS, len(values) // 2) :])

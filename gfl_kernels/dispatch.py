@@ -116,7 +116,7 @@ class use_backend:
         _forced = self._previous
 
 
-def _tracing_for_export() -> bool:
+def exporting() -> bool:
     """Exported graphs hold plain PyTorch operations and run where gfl_kernels is not installed."""
     # Both ONNX exporters are among these: one traces, the other exports.
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
@@ -164,7 +164,7 @@ def choose(op: str, pred: Tensor, *constants: Tensor | None) -> str:
     if _forced is not None:
         _check_usable(_forced, "GFL_KERNELS_BACKEND")
     backend = _candidate(pred)
-    if backend == "reference" or _tracing_for_export():
+    if backend == "reference" or exporting():
         return "reference"
     obstacle = _obstacle(backend, pred, *constants)
     if obstacle is None:

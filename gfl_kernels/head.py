@@ -315,7 +315,8 @@ def _normalise(normalisers: Tensor, avg_factor, dense: bool, group) -> Tensor:
     dense targets, of both)."""
     with torch.no_grad():
         world = 1
-        if dist.is_available() and dist.is_initialized():
+        needed = avg_factor is None or not dense  # else avg_factor takes the place of both
+        if needed and dist.is_available() and dist.is_initialized():
             world = dist.get_world_size(group)
         if world > 1:
             normalisers = normalisers / world

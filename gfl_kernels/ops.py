@@ -402,8 +402,9 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *upstream):
         upstream = upstream[:6]
+        saved = ctx.saved_tensors  # once: activation checkpointing hands them out only once
         *lists, assessed, grads = _split_levels(
-            ctx.saved_tensors, (*ctx.counts, 4, len(ctx.saved_tensors) - sum(ctx.counts) - 4)
+            saved, (*ctx.counts, 4, len(saved) - sum(ctx.counts) - 4)
         )
         create_graph = torch.is_grad_enabled()
         if grads and not create_graph and _are_ones(upstream):
@@ -499,7 +500,8 @@ def _setup_head(ctx, inputs, output) -> None:
 
 
 def _head_backward(ctx, *upstream):
-    tensors, assessed = ctx.saved_tensors[:-4], ctx.saved_tensors[-4:]
+    saved = ctx.saved_tensors
+    tensors, assessed = saved[:-4], saved[-4:]
     lists = _split_levels(tensors, ctx.counts)
     grads = torch.ops.gfl_kernels.head_backward(*upstream[:6], *lists, *assessed, *ctx.constants)
     count = ctx.counts[0]

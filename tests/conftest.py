@@ -2,6 +2,7 @@
 
 import gc
 import os
+import types
 
 # Idle threads of OpenMP spin, on the cores of the other workers. Read once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -11,6 +12,8 @@ import torch
 from support import BACKENDS, FUSED, INTERPRETED, Backend, expect_native, why_not
 
 import gfl_kernels
+from gfl_kernels.adapters import restore
+from gfl_kernels.adapters.mmdet import allow_mmcv_lite
 
 try:
     import hypothesis
@@ -53,9 +56,48 @@ def native():
     _usable("cpu")
 
 
+@pytest.fixture(scope="session")
+def mmdet():
+    """mmdetection's classes, with mmcv-lite: these need no compiled operation."""
+    pytest.importorskip("mmcv", reason="mmdetection's losses need mmcv-lite: it is not installed")
+    allow_mmcv_lite()
+    package = pytest.importorskip("mmdet", reason="mmdetection is not installed")
+    assert package.__version__ == "3.3.0"
+    from mmdet.models.dense_heads import gfl_head
+    from mmdet.models.losses import focal_loss, gfocal_loss, kd_loss, varifocal_loss
+    from mmdet.structures.bbox import distance2bbox
+
+    return types.SimpleNamespace(
+        QualityFocalLoss=gfocal_loss.QualityFocalLoss,
+        DistributionFocalLoss=gfocal_loss.DistributionFocalLoss,
+        VarifocalLoss=varifocal_loss.VarifocalLoss,
+        FocalLoss=focal_loss.FocalLoss,
+        Integral=gfl_head.Integral,
+        GFLHead=gfl_head.GFLHead,
+        distance2bbox=distance2bbox,
+        KnowledgeDistillationKLDivLoss=kd_loss.KnowledgeDistillationKLDivLoss,
+    )
+
+
+@pytest.fixture(scope="session")
+def ultralytics(tmp_path_factory):
+    """The package, with its settings in a folder of the tests' and no look at the network."""
+    os.environ.setdefault("YOLO_CONFIG_DIR", str(tmp_path_factory.mktemp("ultralytics")))
+    os.environ.setdefault("YOLO_OFFLINE", "true")
+    package = pytest.importorskip("ultralytics", reason="ultralytics is not installed")
+    assert package.__version__.startswith("8.4.")
+    return package
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_host_is_left_patched():
+    yield
+    restore()
 
 
 def pytest_collection_finish():

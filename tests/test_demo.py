@@ -200,7 +200,7 @@ def test_a_step_without_positives_trains_the_background():
     plan = Plan(empty, assign.assign_all(anchors, empty, NUM_CLASSES), 2, 2, seed=0)
     threads = torch.get_num_threads()
     try:
-        run = Run("plain", plan, PLAIN, threads=1)
+        run = Run("plain", plan, threads=1, loss_objects=PLAIN)
         losses = [run.step(numbers) for numbers in plan.order()]
     finally:
         torch.set_num_threads(threads)

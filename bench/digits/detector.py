@@ -93,7 +93,7 @@ class GFLHead(nn.Module):
         self, losses: LossObjects, image_size: int, num_classes: int, reg_max: int = REG_MAX
     ):
         super().__init__()
-        self.num_classes, self.reg_max = num_classes, reg_max
+        self.num_classes, self.reg_max, self.strides = num_classes, reg_max, STRIDES
         self.tower_cls = self._tower()
         self.tower_reg = self._tower()
         self.out_cls = nn.Conv2d(WIDTH, num_classes, 3, padding=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from bench.digits import boxes as box_ops
-from bench.digits.detector import STRIDES, Detector
+from bench.digits.detector import Detector
 from bench.digits.scenes import IMAGE_SIZE, NUM_CLASSES, Scenes
 
 SCORE_THRESHOLD = 0.05
@@ -53,7 +53,7 @@ def _of_one(model: Detector, cls_scores: list[Tensor], bbox_preds: list[Tensor])
     rows = torch.cat([x.permute(1, 2, 0).reshape(-1, 4 * (head.reg_max + 1)) for x in bbox_preds])
     points = torch.cat(head.centers)
     strides = torch.cat(
-        [torch.full((len(c),), float(s)) for c, s in zip(head.centers, STRIDES, strict=True)]
+        [torch.full((len(c),), float(s)) for c, s in zip(head.centers, head.strides, strict=True)]
     )
     # One candidate per anchor and class, as dense detectors do
     best, flat = scores.sigmoid().flatten().topk(CANDIDATES)

@@ -32,7 +32,12 @@ def save(figure, path: Path) -> Path:
 
 
 def loss_curves(
-    path: Path, plain: list[float], ours: list[float], controls: dict[str, list[float]]
+    path: Path,
+    plain: list[float],
+    ours: list[float],
+    controls: dict[str, list[float]],
+    plain_name: str = "plain PyTorch",
+    terms: str = "QFL + 2 GIoU + 0.25 DFL",
 ) -> Path:
     figure, (above, below) = plt.subplots(
         2, 1, figsize=(10, 8), sharex=True, layout="constrained", height_ratios=(3, 2)
@@ -40,12 +45,12 @@ def loss_curves(
     steps = np.arange(1, len(plain) + 1)
     above.plot(steps, plain, color=PLAIN, alpha=0.25, linewidth=0.8)
     above.plot(steps, ours, color=OURS, alpha=0.25, linewidth=0.8)
-    above.plot(steps, smooth(plain), color=PLAIN, linewidth=3.5, label="plain PyTorch")
+    above.plot(steps, smooth(plain), color=PLAIN, linewidth=3.5, label=plain_name)
     above.plot(steps, smooth(ours), color=OURS, linewidth=1.6, linestyle=(0, (4, 3)), label="ours")
     above.set_yscale("log")
     above.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     above.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    above.set_ylabel("total loss (QFL + 2 GIoU + 0.25 DFL)")
+    above.set_ylabel(f"total loss ({terms})")
     above.set_title(
         f"Same seed, same batches: loss of each step (thin), mean of the last {WINDOW} (thick)"
     )
@@ -64,7 +69,7 @@ def loss_curves(
     below.set_ylabel("relative difference")
     below.set_xlabel("training step")
     below.set_title(
-        "Distance of the smoothed curve from plain PyTorch's (thin), largest so far (thick)"
+        f"Distance of the smoothed curve from that of {plain_name} (thin), largest so far (thick)"
     )
     below.legend(frameon=False, loc="lower right")
     for axes in (above, below):

@@ -76,7 +76,7 @@ class Plan:
     """What every training of one comparison shares."""
 
     scenes: Scenes
-    targets: Targets
+    targets: Targets | None  # None: the trained head assigns its own
     steps: int
     batch_size: int
     seed: int
@@ -93,40 +93,48 @@ class Plan:
 
 
 @dataclass
-class Run:
-    """A training that is advanced step by step, so that several can take turns on one machine."""
+class Training:
+    """A training that is advanced step by step, so that several can take turns on one machine.
+
+    Subclasses say what is trained: build(), outputs() and losses(); and what their clock measures.
+    """
 
     name: str
     plan: Plan
-    losses: LossObjects
     threads: int
-    in_double: bool = False
     curve: list[float] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    clocked = "loss objects"
+    learning_rate = LEARNING_RATE
+
+    def build(self) -> nn.Module:
+        """The model; its initial weights follow from the seed, which has been set."""
+        raise NotImplementedError
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        """What the losses are functions of."""
+        raise NotImplementedError
+
+    def losses(self, outputs: list[Tensor], scene_numbers: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
 
     def __post_init__(self):
         torch.manual_seed(self.plan.seed)
-        self.model = Detector(self.losses, IMAGE_SIZE, NUM_CLASSES)
+        self.clock = Clock()
+        self.model = self.build()
         # A fifth faster on a CPU than the default layout
         self.model.to(memory_format=torch.channels_last)
-        self.clock = Clock()
-        head = self.model.head
-        for part in ("integral", "loss_cls", "loss_dfl"):
-            inner = getattr(head, part)
-            if self.in_double:
-                inner = InDouble(inner)
-            setattr(head, part, Clocked(inner, self.clock))
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-            lr=LEARNING_RATE,
+            lr=self.learning_rate,
             eps=EPSILON,
             weight_decay=WEIGHT_DECAY,
         )
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
-            max_lr=LEARNING_RATE,
+            max_lr=self.learning_rate,
             total_steps=self.plan.steps,
             pct_start=WARM_UP,
         )
@@ -135,19 +143,14 @@ class Run:
         """One optimiser step on the given scenes; returns the total loss."""
         torch.set_num_threads(self.threads)
         images = self.plan.scenes.images[scene_numbers]
-        labels = self.plan.targets.labels[scene_numbers]
-        boxes = self.plan.targets.boxes[scene_numbers]
         self.clock.objects = 0.0
 
         began = time.perf_counter()
-        outputs = [x for kind in self.model(images) for x in kind]
+        outputs = self.outputs(images)
         # The graph is cut at the head's outputs, so the loss has a backward of its own to time.
         leaves = [x.detach().requires_grad_() for x in outputs]
-        levels = len(leaves) // 2
         loss_began = time.perf_counter()
-        parts = self.model.head.loss(leaves[:levels], leaves[levels:], labels, boxes)
-        total = sum(parts.values())
-        total.backward()
+        total = self.loss_stage(leaves, scene_numbers)
         loss_ended = time.perf_counter()
         torch.autograd.backward(outputs, [leaf.grad for leaf in leaves])
         self.optimizer.step()
@@ -157,6 +160,42 @@ class Run:
 
         self.seconds["step"].append(ended - began)
         self.seconds["loss stage"].append(loss_ended - loss_began)
-        self.seconds["loss objects"].append(self.clock.objects)
+        self.seconds[self.clocked].append(self.clock.objects)
         self.curve.append(total.item())
         return self.curve[-1]
+
+    def loss_stage(self, leaves: list[Tensor], scene_numbers: Tensor) -> Tensor:
+        """The total loss; its gradients are left in the leaves."""
+        total = sum(self.losses(leaves, scene_numbers).values())
+        total.backward()
+        return total
+
+
+@dataclass
+class Run(Training):
+    """Of bench's own detector, with these loss objects, each on the clock."""
+
+    loss_objects: LossObjects = field(kw_only=True)
+    in_double: bool = False
+
+    def build(self) -> nn.Module:
+        model = Detector(self.loss_objects, IMAGE_SIZE, NUM_CLASSES)
+        for part in ("integral", "loss_cls", "loss_dfl"):
+            inner = getattr(model.head, part)
+            if self.in_double:
+                inner = InDouble(inner)
+            setattr(model.head, part, Clocked(inner, self.clock))
+        return model
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        return [x for kind in self.model(images) for x in kind]
+
+    def losses(self, outputs: list[Tensor], scene_numbers: Tensor) -> dict[str, Tensor]:
+        levels = len(outputs) // 2
+        targets = self.plan.targets
+        return self.model.head.loss(
+            outputs[:levels],
+            outputs[levels:],
+            targets.labels[scene_numbers],
+            targets.boxes[scene_numbers],
+        )
