@@ -12,12 +12,17 @@ export GFL_KERNELS_BUILD ?= $(if $(shell command -v $${CXX:-c++}),cpu,auto)
 # Workers of pytest; the tests are short, so two share even a small machine well.
 JOBS ?= 2
 PYTEST_ARGS ?=
+# TORCH=2.10.0: that version instead of the pinned one, with the torchvision and the Triton that go with it.
+TORCH ?=
+REQUIREMENTS = $(if $(TORCH),sed -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^torchvision==.*/torchvision/' \
+  -e '/^triton==/d' requirements-dev.txt,cat requirements-dev.txt)
 BUILD_TAG = $(shell $(PY) -c 'import sys; print(sys.implementation.cache_tag)')
 NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt gfl_kernels/_version.py \
   $(wildcard cmake/*) $(wildcard python/*) $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc python tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help venv demo test test-triton test-asan check-isa bench bench-quick roofline lint format wheel sdist ci clean
+.PHONY: help venv demo test test-triton test-asan check-isa test-gpu sanitize-gpu bench bench-quick bench-gpu \
+  compare-gpu roofline report docs lint format wheel test-wheel sdist ci clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +60,31 @@ test-triton: $(VENV)/.package ## Some Triton tests under other versions of it, a
 	PYTHONPATH=$(CURDIR)/build/triton-3.6.0:$(CURDIR)/build/triton-viz GFL_TEST_EXPECT_SANITIZER=1 \
 	  $(PY) -m pytest -q -rs -p no:cacheprovider tests/test_sanitizer.py
 
+# On a machine with a GPU, GFL_KERNELS_BUILD=cuda and GFL_KERNELS_CUDA_ARCHITECTURES=native build what these
+# four need. Odd shapes run twice: as they are, and under compute-sanitizer, for which torch's allocator must
+# not hand out parts of larger blocks.
+GPU_TESTS := tests/test_gpu.py $(addprefix tests/test_,odd_shapes.py quality.py distribution.py head.py)
+test-gpu: $(VENV)/.package ## What a GPU alone can show, gradcheck and the odd shapes, on Triton and CUDA C++
+	@$(PY) tests/require_gpu.py $@
+	GFL_TEST_EXPECT_GPU=1 $(PY) -m pytest $(GPU_TESTS) \
+	  -k '(triton or cuda) and (test_gpu or test_odd_shapes or gradcheck)' $(PYTEST_ARGS)
+
+sanitize-gpu: $(VENV)/.package ## The odd shapes under compute-sanitizer's memcheck and racecheck
+	@$(PY) tests/require_gpu.py $@ compute-sanitizer
+	for tool in memcheck racecheck; do \
+	  GFL_TEST_EXPECT_GPU=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -p no:cacheprovider \
+	    tests/test_odd_shapes.py -k 'triton or cuda' $(PYTEST_ARGS); \
+	done
+
+bench-gpu: $(VENV)/.package ## Benchmarks of the ops on a GPU, one folder of bench/out/gpu per backend
+	@$(PY) tests/require_gpu.py $@
+	$(PY) -m bench.run --device cuda --backend triton --out bench/out/gpu/triton $(BENCH_ARGS)
+	$(PY) -m bench.run --device cuda --backend cuda --no-compile --out bench/out/gpu/cuda $(BENCH_ARGS)
+
+compare-gpu: $(VENV)/.package ## Fails if bench-gpu is slower than what BASELINE, a folder of an earlier one, says
+	$(PY) -m bench.compare $(or $(BASELINE),$(error name the folder: make $@ BASELINE=...)) bench/out/gpu
+
 bench: $(VENV)/.package ## Benchmarks of the ops; tables and charts go to bench/out
 	$(PY) -m bench.run $(BENCH_ARGS)
 
@@ -87,7 +117,7 @@ build/asan/.built: $(VENV)/.package $(wildcard gfl_kernels/*.py)
 check-isa: $(VENV)/.package ## No code of one instruction set may be shared with the others
 	$(BIN)/cmake --build build/native-$(BUILD_TAG) --target check_isa_symbols
 
-lint: $(VENV)/.package ## ruff and clang-format, as the commit hooks run them
+lint: $(VENV)/.package ## ruff, clang-format, mypy and actionlint, as the commit hooks run them
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 format: $(VENV)/.requirements ## Rewrite the sources in the project's format
@@ -120,8 +150,8 @@ $(PY):
 	  'name one with: make PYTHON=/path/to/python3' >&2; exit 1
 
 $(VENV)/.requirements: requirements-dev.txt | $(PY)
-	grep -v '^mm' requirements-dev.txt | $(PIP) install --disable-pip-version-check -q -r /dev/stdin
-	grep '^mm' requirements-dev.txt | $(PIP) install --disable-pip-version-check -q --no-deps -r /dev/stdin
+	$(REQUIREMENTS) | grep -v '^mm' | $(PIP) install --disable-pip-version-check -q -r /dev/stdin
+	$(REQUIREMENTS) | grep '^mm' | $(PIP) install --disable-pip-version-check -q --no-deps -r /dev/stdin
 	touch $@
 
 $(VENV)/.package: $(VENV)/.requirements $(NATIVE_SOURCES)

@@ -37,8 +37,9 @@ def allocator_settings() -> str:
     return f"{'-'.join(platform.libc_ver()) or 'libc'} " + (" ".join(found) or "defaults")
 
 
-def describe_machine(threads: int) -> dict:
+def describe_machine(threads: int, device: str = "cpu") -> dict:
     return {
+        "gpu": _gpu_model() if device == "cuda" else "",
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": threads,
@@ -57,6 +58,9 @@ def describe_versions() -> dict:
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "revision": _first_line(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        ),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "gfl_kernels": gfl_kernels.__version__,
         "isa": native_isa(),
@@ -94,6 +98,13 @@ def native_isa() -> str:
 def available_isas() -> list[str]:
     native = _native()
     return list(native.available_isas()) if native else []
+
+
+def _gpu_model() -> str:
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
 def _cpu_model() -> str:
