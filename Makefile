@@ -22,7 +22,7 @@ NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt gfl_kernels/_version.py
 CXX_FILES := $(shell find csrc python tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help venv demo test test-triton test-asan check-isa test-gpu sanitize-gpu bench bench-quick bench-gpu \
-  compare-gpu roofline report docs lint format wheel test-wheel sdist ci clean
+  compare-gpu roofline report docs api lint format wheel test-wheel sdist ci clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,7 +63,7 @@ test-triton: $(VENV)/.package ## Some Triton tests under other versions of it, a
 # On a machine with a GPU, GFL_KERNELS_BUILD=cuda and GFL_KERNELS_CUDA_ARCHITECTURES=native build what these
 # four need. Odd shapes run twice: as they are, and under compute-sanitizer, for which torch's allocator must
 # not hand out parts of larger blocks.
-GPU_TESTS := tests/test_gpu.py $(addprefix tests/test_,odd_shapes.py quality.py distribution.py head.py)
+GPU_TESTS := $(addprefix tests/test_,gpu.py odd_shapes.py quality.py distribution.py)
 test-gpu: $(VENV)/.package ## What a GPU alone can show, gradcheck and the odd shapes, on Triton and CUDA C++
 	@$(PY) tests/require_gpu.py $@
 	GFL_TEST_EXPECT_GPU=1 $(PY) -m pytest $(GPU_TESTS) \
@@ -116,6 +116,9 @@ build/asan/.built: $(VENV)/.package $(wildcard gfl_kernels/*.py)
 
 check-isa: $(VENV)/.package ## No code of one instruction set may be shared with the others
 	$(BIN)/cmake --build build/native-$(BUILD_TAG) --target check_isa_symbols
+
+api: $(VENV)/.package ## Write the public API's snapshot anew, after it has changed on purpose
+	$(PY) tests/test_api.py > build/api.txt && mv build/api.txt tests/api.txt
 
 lint: $(VENV)/.package ## ruff, clang-format, mypy and actionlint, as the commit hooks run them
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure

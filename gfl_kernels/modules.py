@@ -13,6 +13,8 @@ from .head import GFLLossOutput, gfl_loss
 
 
 class _Loss(nn.Module):
+    reduction: str
+
     def _reduction(self, override: str | None) -> str:
         if override not in (None, "none", "mean", "sum"):
             raise ValueError(
@@ -109,6 +111,7 @@ class Integral(nn.Module):
 
     def __init__(self, reg_max: int = 16) -> None:
         super().__init__()
+        self.project: Tensor
         self.reg_max = reg_max
         self.register_buffer("project", torch.linspace(0, reg_max, reg_max + 1))
 

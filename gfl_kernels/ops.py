@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,7 +135,7 @@ def _fake_head_backward(*args):
     return [torch.empty_like(level) for level in (*cls, *box)]
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "quality_forward": _fake_forward,
     "quality_backward": _fake_backward,
     "distribution_forward": _fake_forward,
@@ -249,7 +249,7 @@ class DistributionIntegral(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         if torch.is_grad_enabled():
-            op = torch.ops.gfl_kernels.integral_backward
+            op: Callable[..., Any] = torch.ops.gfl_kernels.integral_backward
         else:
             op = dispatch.implementation(ctx.backend, "integral_backward")
         return None, op(grad_out, *ctx.saved_tensors), None
@@ -266,7 +266,7 @@ class HeadOptions(NamedTuple):
     alpha: float
     beta: float
     loss_weights: list[float]
-    normalise: Callable[[Tensor], Tensor]  # of the normalisers, over the processes
+    normalise: Any  # a function of the normalisers, over the processes
     write_boxes: bool
     write_grad: bool
 
@@ -330,7 +330,7 @@ class HeadLoss(torch.autograd.Function):
             cls = [level.movedim(dims[0], -1) for level in lists[0]]
             box = [level.movedim(dims[1], -1) for level in lists[1]]
             if create_graph:  # the op's own derivative is refused by name
-                op = torch.ops.gfl_kernels.head_backward
+                op: Callable[..., Any] = torch.ops.gfl_kernels.head_backward
             else:
                 op = dispatch.implementation(ctx.backend, "head_backward")
             grads = op(*upstream, cls, box, *lists[2:], *assessed, *ctx.options[:8])

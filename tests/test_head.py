@@ -382,7 +382,6 @@ def test_box_loss_at_ties(backend, iou):
 def test_gradcheck(backend, iou):
     s = scene(batch=1, classes=2, sizes=((2, 2), (1, 2)), strides=(8, 16), reg_max=3,
               positives=0.6, dtype=torch.float64, iou=iou)  # fmt: skip
-    s = s.to(lambda t: t.to(backend.device))
     # The weights and the IoU are constants of the derivative: only its own terms are checked, so
     # class logits, on which weights depend, are checked in the classification alone.
     boxes = [t.requires_grad_() for t in s.box]
@@ -912,8 +911,7 @@ def test_varifocal_extreme_logits(backend, gamma):
 
 @pytest.mark.parametrize("gamma", [2.0, 1.5])
 def test_varifocal_gradcheck(backend, gamma):
-    task = aligned(batch=1, anchors=4, classes=3, dtype=torch.float64, foreground=0.6)
-    cls, *others = (tensor.to(backend.device) for tensor in task)
+    cls, *others = aligned(batch=1, anchors=4, classes=3, dtype=torch.float64, foreground=0.6)
     assert 0 < int((others[2] > 0).sum()) < others[2].numel()
     assert torch.autograd.gradcheck(
         lambda cls: task_aligned_loss(cls, *others, varifocal=True, gamma=gamma).loss_cls,
