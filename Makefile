@@ -18,8 +18,8 @@ REQUIREMENTS = $(if $(TORCH),sed -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^torch
   -e '/^triton==/d' requirements-dev.txt,cat requirements-dev.txt)
 BUILD_TAG = $(shell $(PY) -c 'import sys; print(sys.implementation.cache_tag)')
 NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt gfl_kernels/_version.py \
-  $(wildcard cmake/*) $(wildcard python/*) $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc python tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+  $(wildcard cmake/*) $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help venv demo test test-triton test-asan check-isa test-gpu sanitize-gpu bench bench-quick bench-gpu \
   compare-gpu roofline report docs api lint format wheel test-wheel sdist ci clean
@@ -117,6 +117,11 @@ build/asan/.built: $(VENV)/.package $(wildcard gfl_kernels/*.py)
 check-isa: $(VENV)/.package ## No code of one instruction set may be shared with the others
 	$(BIN)/cmake --build build/native-$(BUILD_TAG) --target check_isa_symbols
 
+# The variable: Material for MkDocs advertises its successor on every build.
+docs: $(VENV)/.package ## The documentation, strictly, in build/site
+	$(PY) docs/figures.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+
 api: $(VENV)/.package ## Write the public API's snapshot anew, after it has changed on purpose
 	$(PY) tests/test_api.py > build/api.txt && mv build/api.txt tests/api.txt
 
@@ -139,7 +144,7 @@ ci: ## Everything that the project's CI runs
 
 clean: ## Remove what was built, but not .venv
 	rm -rf build dist bench/out gfl_kernels.egg-info gfl_kernels/lib gfl_kernels/include
-	rm -f gfl_kernels/_C.* gfl_kernels/_build_report.json $(VENV)/.package
+	rm -f gfl_kernels/_build_report.json $(VENV)/.package
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The first interpreter of at least 3.10 that can make virtual environments.

@@ -76,28 +76,22 @@ def describe_versions() -> dict:
     return versions
 
 
-def _native():
-    """gfl_kernels._C, or None in a pure-Python installation."""
-    try:
-        from gfl_kernels import _C
-    except ImportError:
-        return None
-    return _C
-
-
 def build_info() -> dict:
-    native = _native()
-    return dict(native.build_info()) if native else {}
+    from gfl_kernels import native
+
+    return native.build_info()
 
 
 def native_isa() -> str:
-    native = _native()
-    return native.cpu_isa() if native else "none"
+    from gfl_kernels import native
+
+    return native.cpu_isa() or "none"
 
 
 def available_isas() -> list[str]:
-    native = _native()
-    return list(native.available_isas()) if native else []
+    from gfl_kernels import native
+
+    return native.available_isas()
 
 
 def _gpu_model() -> str:
