@@ -91,6 +91,12 @@ bench: $(VENV)/.package ## Benchmarks of the ops; tables and charts go to bench/
 bench-quick: $(VENV)/.package ## The same in under two minutes
 	$(PY) -m bench.run --quick $(BENCH_ARGS)
 
+report: $(VENV)/.package ## One HTML page of the figures in bench/out; what is missing is measured first
+	[ -e bench/out/bench.json ] || $(PY) -m bench.run --quick $(BENCH_ARGS)
+	[ -e bench/out/roofline.json ] || $(PY) -m bench.roofline --quick $(ROOFLINE_ARGS)
+	[ -e bench/out/train_digits.json ] || $(PY) -m bench.train_digits $(DEMO_ARGS)
+	$(PY) -m bench.page
+
 roofline: $(VENV)/.package ## Counts from the compiled GPU kernels, without a GPU; also to bench/out
 	$(PY) -m bench.roofline $(ROOFLINE_ARGS)
 
@@ -133,8 +139,21 @@ format: $(VENV)/.requirements ## Rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-wheel: $(VENV)/.package ## A wheel with the native library in dist/
-	GFL_KERNELS_BUILD=cpu $(PY) -m build --wheel --no-isolation
+# With an nvcc at hand the wheel has the CUDA part, for the GPUs of GFL_KERNELS_CUDA_ARCHITECTURES or for all.
+# torch stays outside the wheel, and of its library only the stable ABI of 2.10 may be used. The tag says which
+# glibc the build machine has asked for: for an older one build on an older system.
+WHEEL_BUILD = $(if $(shell command -v nvcc),cuda,cpu)
+wheel: $(VENV)/.package ## A wheel with the native library in dist/, for every Python and every torch from 2.10 on
+	rm -rf build/wheel dist/gfl_kernels-*.whl
+	GFL_KERNELS_BUILD=$(WHEEL_BUILD) $(PY) -m build --wheel --no-isolation --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel -q repair --exclude 'libtorch*' -w dist build/wheel/*.whl
+	$(PY) -m zipfile -e dist/gfl_kernels-*.whl build/wheel/unpacked
+	$(BIN)/torch-abi-audit --check torch build/wheel/unpacked/gfl_kernels/lib/libgfl_native.so | tee build/wheel/abi.txt
+	grep -q 'Min torch: *2.10.0$$' build/wheel/abi.txt
+
+test-wheel: $(VENV)/.requirements ## The wheel of dist/ in a fresh environment without a compiler (TORCH, PYTHON)
+	$(PY) tests/wheel.py --torch $(or $(TORCH),$(shell sed -n 's/^torch==//p' requirements-dev.txt)) \
+	  --python $(or $(PYTHON),$(PY)) dist/gfl_kernels-*.whl
 
 sdist: $(VENV)/.package ## A source distribution in dist/
 	$(PY) -m build --sdist --no-isolation

@@ -137,9 +137,10 @@ def source(sdist, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    """CMake's build folder, shared by every build here that compiles."""
-    return tmp_path_factory.mktemp("objects")
+def objects(source):
+    """CMake's build folder, shared by every build here that compiles. It lies as a checkout's does:
+    where ccache has seen the sources, as in CI, paths count for it."""
+    return source / "build" / f"native-{sys.implementation.cache_tag}"
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,7 @@ def native_wheel(source, objects, tmp_path_factory):
         "--no-build-isolation",
         GFL_KERNELS_BUILD="cpu",
         GFL_KERNELS_BUILD_DIR=objects,
+        CCACHE_BASEDIR=source,
     )
     return wheel
 
