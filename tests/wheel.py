@@ -3,6 +3,7 @@
     python tests/wheel.py --torch 2.13.0 [--python python3.12] dist/gfl_kernels-*.whl
 
 Fails if a result is wrong, or if they take longer than it says here once torch is installed.
+Without a wheel it makes the environment and prints its folder.
 """
 
 import argparse
@@ -20,7 +21,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--torch", required=True)
     parser.add_argument("--python", default=sys.executable)
-    parser.add_argument("wheel", type=Path)
+    parser.add_argument("wheel", type=Path, nargs="?")
     options = parser.parse_args()
     ask = [options.python, "-c", "import sys; print(sys.implementation.cache_tag)"]
     tag = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
@@ -30,6 +31,9 @@ def main():
         subprocess.run([options.python, "-m", "venv", venv], check=True)
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     subprocess.run([*pip, f"torch=={options.torch}", "numpy"], check=True)
+    if options.wheel is None:
+        print(venv)
+        return
 
     # Nothing but the environment is on the path: no compiler, no nvcc, no ninja.
     away = {k: v for k, v in os.environ.items() if not k.startswith(("GFL_", "PYTHON"))}
