@@ -1,4 +1,8 @@
-"""Every Python example of README.md and the documentation runs, in order, page by page."""
+"""Every Python example of README.md and the documentation runs, in order, page by page.
+
+A fragment that cannot run, for it is a part of another program, has a line above it that says so:
+<!-- not run: why -->
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,16 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [page for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) if page.exists()]
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"^(?P<left_out><!-- not run: [^\n]+ -->\n)?```python\n(?P<code>.*?)^```$", re.M | re.S
+)
 
 
 def examples(page):
-    """(number of the line before it, code) of each fenced block."""
+    """(number of the line before it, code) of each fenced block that can run."""
     text = page.read_text()
-    return [(text.count("\n", 0, m.start(1)), m[1]) for m in BLOCK.finditer(text)]
+    found = [m for m in BLOCK.finditer(text) if not m["left_out"]]
+    return [(text.count("\n", 0, m.start("code")), m["code"]) for m in found]
 
 
 def readme_names():
@@ -53,4 +60,15 @@ def test_examples_are_found():
         pytest.skip("the documentation is not here")
     assert {page.name: len(examples(page)) for page in PAGES}["index.md"] >= 4
     for page in PAGES:
-        assert page.read_text().count("```python") == len(examples(page)), page
+        text = page.read_text()
+        left_out = text.count("<!-- not run: ")
+        assert text.count("```python") == len(examples(page)) + left_out, page
+
+
+def test_only_marked_fragments_are_left_out(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\na\n```\n\n<!-- not run: needs a model -->\n```python\nb(...)\n```\n"
+        "<!-- not run: -->\n```python\nc\n```\n"
+    )
+    assert examples(page) == [(1, "a\n"), (10, "c\n")]
