@@ -18,8 +18,8 @@ REQUIREMENTS = $(if $(TORCH),sed -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^torch
   -e '/^triton==/d' requirements-dev.txt,cat requirements-dev.txt)
 BUILD_TAG = $(shell $(PY) -c 'import sys; print(sys.implementation.cache_tag)')
 NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt gfl_kernels/_version.py \
-  $(wildcard cmake/*) $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+  $(wildcard cmake/*) $(wildcard python/*) $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc python tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help venv demo test test-triton test-asan check-isa test-gpu sanitize-gpu bench bench-quick bench-gpu \
   compare-gpu roofline report docs api lint format wheel test-wheel sdist ci clean
@@ -141,11 +141,13 @@ format: $(VENV)/.requirements ## Rewrite the sources in the project's format
 
 # With an nvcc at hand the wheel has the CUDA part, for the GPUs of GFL_KERNELS_CUDA_ARCHITECTURES or for all.
 # torch stays outside the wheel, and of its library only the stable ABI of 2.10 may be used. The tag says which
-# glibc the build machine has asked for: for an older one build on an older system.
+# glibc the build machine has asked for: for an older one build on an older system. _C, which only one version of
+# Python can load and which says nothing that ctypes cannot ask the library, stays out of it.
 WHEEL_BUILD = $(if $(shell command -v nvcc),cuda,cpu)
 wheel: $(VENV)/.package ## A wheel with the native library in dist/, for every Python and every torch from 2.10 on
 	rm -rf build/wheel dist/gfl_kernels-*.whl
-	GFL_KERNELS_BUILD=$(WHEEL_BUILD) $(PY) -m build --wheel --no-isolation --outdir build/wheel
+	GFL_KERNELS_BUILD=$(WHEEL_BUILD) GFL_KERNELS_CMAKE_ARGS="$$GFL_KERNELS_CMAKE_ARGS -DGFL_PYTHON_MODULE=OFF" \
+	  $(PY) -m build --wheel --no-isolation --outdir build/wheel
 	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel -q repair --exclude 'libtorch*' -w dist build/wheel/*.whl
 	$(PY) -m zipfile -e dist/gfl_kernels-*.whl build/wheel/unpacked
 	$(BIN)/torch-abi-audit --check torch build/wheel/unpacked/gfl_kernels/lib/libgfl_native.so | tee build/wheel/abi.txt
@@ -163,7 +165,7 @@ ci: ## Everything that the project's CI runs
 
 clean: ## Remove what was built, but not .venv
 	rm -rf build dist bench/out gfl_kernels.egg-info gfl_kernels/lib gfl_kernels/include
-	rm -f gfl_kernels/_build_report.json $(VENV)/.package
+	rm -f gfl_kernels/_C.* gfl_kernels/_build_report.json $(VENV)/.package
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The first interpreter of at least 3.10 that can make virtual environments.

@@ -26,7 +26,7 @@ from setuptools.command.build_py import build_py
 SOURCE = Path(__file__).resolve().parent
 MODES = ("auto", "none", "cpu", "cuda")
 # Without isolation pip does not install the build requirements, so the command names them.
-REBUILD = "pip install setuptools ninja cmake && pip install --no-build-isolation ."
+REBUILD = "pip install setuptools pybind11 ninja cmake && pip install --no-build-isolation ."
 
 
 class BuildError(Exception):
@@ -76,7 +76,7 @@ def checked_run(step, command, build_dir):
 def forget_tools(build_dir):
     """Drops what CMake remembers of compilers and tools but keeps the objects.
 
-    Each isolated build has its own ninja and CMake in a folder that is gone the next time.
+    Each isolated build has its own ninja and pybind11 in a folder that is gone the next time.
     """
     for name in ("CMakeCache.txt", "gfl_failure.txt"):
         (build_dir / name).unlink(missing_ok=True)
@@ -106,7 +106,8 @@ def build_native(build_dir, prefix, cuda, why_not=""):
 def remove_native(package):
     for folder in ("lib", "include"):
         shutil.rmtree(package / folder, ignore_errors=True)
-    (package / "_build_report.json").unlink(missing_ok=True)
+    for file in [*package.glob("_C.*"), package / "_build_report.json"]:
+        file.unlink(missing_ok=True)
 
 
 class BuildPy(build_py):
@@ -178,7 +179,7 @@ class BuildNative(build_ext):
         if self.inplace or self.editable_mode:
             return []
         package = Path(self.build_lib) / "gfl_kernels"
-        made = [*package.glob("_build_report.json")]
+        made = [*package.glob("_C.*"), *package.glob("_build_report.json")]
         made += [f for folder in ("lib", "include") for f in (package / folder).rglob("*")]
         return [str(f) for f in made if f.is_file()]
 
@@ -188,13 +189,14 @@ class BuildNative(build_ext):
 
 class Wheel(bdist_wheel):
     def get_tag(self):
-        # The library is loaded through ctypes and knows nothing of Python.
-        *_, platform = super().get_tag()
-        return "py3", "none", platform
+        # The library is loaded through ctypes and knows nothing of Python; _C, if it is there, does.
+        *python, platform = super().get_tag()
+        knows_python = any((Path(self.bdist_dir) / "gfl_kernels").glob("_C.*"))
+        return (*python, platform) if knows_python else ("py3", "none", platform)
 
 
 build_mode()
 setup(
-    ext_modules=[Extension("gfl_kernels.lib.gfl_native", sources=[])],
+    ext_modules=[Extension("gfl_kernels._C", sources=[])],
     cmdclass={"bdist_wheel": Wheel, "build_py": BuildPy, "build_ext": BuildNative},
 )

@@ -23,12 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 ISAS = ["baseline", "avx2", "avx512"] if os.uname().machine == "x86_64" else ["baseline"]
 NO_CUDA = "it was not asked for"
-WITHOUT = "gfl_kernels/lib/", "gfl_kernels/include/"
+WITHOUT = "gfl_kernels/lib/", "gfl_kernels/include/", "gfl_kernels/_C"
 
 # One worker builds it all: the others would compile the same again.
 pytestmark = [pytest.mark.install, pytest.mark.xdist_group("install")]
 
-for tool in ("build", "setuptools"):
+for tool in ("build", "pybind11", "setuptools"):
     pytest.importorskip(tool, reason="building needs the requirements of pyproject.toml")
 
 
@@ -184,6 +184,7 @@ def test_sdist_holds_the_sources_and_nothing_built(sdist):
         "gfl_kernels/_version.py",
         "gfl_kernels/py.typed",
         "pyproject.toml",
+        "python/module.cpp",
         "setup.py",
         "tests/cpp/main.cpp",
     } <= names
@@ -195,17 +196,22 @@ def test_sdist_holds_the_sources_and_nothing_built(sdist):
 
 def test_native_wheel_contents(native_wheel, native):
     names = zipfile.ZipFile(native_wheel).namelist()
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
     assert {
         "gfl_kernels/__init__.py",
         "gfl_kernels/py.typed",
         "gfl_kernels/_build_report.json",
+        f"gfl_kernels/_C{suffix}",
         "gfl_kernels/include/gfl_kernels/gfl_kernels.h",
         "gfl_kernels/lib/libgfl_native.so",
         "gfl_kernels/lib/cmake/gfl_kernels/gfl_kernelsConfig.cmake",
     } <= set(names)
     assert not [n for n in names if not n.startswith(("gfl_kernels/", "gfl_kernels-"))]
     (tag,), pure = tags(native_wheel)
-    assert tag.startswith("py3-none-") and not tag.endswith("-any") and pure == "false"
+    assert (
+        tag.startswith(f"cp{sys.version_info.major}{sys.version_info.minor}-") and pure == "false"
+    )
+    assert not tag.endswith("-any")
 
 
 def test_native_report_names_the_torch_it_was_built_against(native):
@@ -235,10 +241,13 @@ def test_native_wheel_installs_with_pip(native_wheel, tmp_path):
     assert out.split() == ["ok", str(tmp_path / "gfl_kernels" / "__init__.py")]
 
 
-def test_no_run_path_into_the_build_machine(library):
-    dynamic = run(tool("readelf"), "-d", library, cwd=library.parent).stdout
-    assert "SONAME" in dynamic
-    assert not re.findall(r"\((?:RPATH|RUNPATH)\)", dynamic)
+def test_no_run_path_into_the_build_machine(native, library):
+    readelf = tool("readelf")
+    paths = {}
+    for file in [library, *(native / "gfl_kernels").glob("_C.*.so")]:
+        dynamic = run(readelf, "-d", file, cwd=native).stdout
+        paths[file.name.split(".")[0]] = re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", dynamic)
+    assert paths == {"libgfl_native": [], "_C": ["$ORIGIN/lib"]}
 
 
 def test_links_libtorch_cpu_through_the_stable_abi_only(library):
@@ -309,7 +318,7 @@ def test_configures_without_python_against_a_plain_libtorch(cmake, source, tmp_p
         cwd=tmp_path,
     )
     rules = (tmp_path / "b" / "build.ninja").read_text()
-    assert "libgfl_native.so" in rules
+    assert "libgfl_native.so" in rules and "_C." not in rules
 
 
 @pytest.mark.parametrize("cmake", cmakes())
@@ -523,4 +532,5 @@ def test_editable_install_finds_the_library_in_the_source_tree(
     finally:
         for built in (where / "lib", where / "include"):
             shutil.rmtree(built, ignore_errors=True)
-        (where / "_build_report.json").unlink(missing_ok=True)
+        for built in [*where.glob("_C.*"), where / "_build_report.json"]:
+            built.unlink(missing_ok=True)

@@ -38,6 +38,16 @@ def test_build_info_lists_what_was_compiled_in(native):
         assert all(isa in str(info) for isa in available())
 
 
+def test_the_pybind11_module_says_the_same(native):
+    from gfl_kernels import native as through_ctypes
+
+    module = pytest.importorskip(
+        "gfl_kernels._C", reason="this installation is from a wheel that serves every Python"
+    )
+    for name in ("build_info", "cpu_isa", "available_isas"):
+        assert getattr(module, name)() == getattr(through_ctypes, name)()
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_forced_isa_is_what_runs(native, isa):
     code = """

@@ -35,6 +35,8 @@ def main():
         print(venv)
         return
 
+    if "-py3-none-" not in options.wheel.name:
+        sys.exit(f"{options.wheel.name} is for one version of Python: see `make wheel`")
     # Nothing but the environment is on the path: no compiler, no nvcc, no ninja.
     away = {k: v for k, v in os.environ.items() if not k.startswith(("GFL_", "PYTHON"))}
     away |= {"PATH": str(venv / "bin"), "PYTHONSAFEPATH": "1"}
