@@ -461,11 +461,13 @@ def test_an_nvcc_that_fails_leaves_the_cpu_library(source, objects, native_wheel
         f'exec {tool("nvcc")} "$@"\n'
     )
     nvcc.chmod(0o755)
-    shutil.copytree(objects, tmp_path / "b")  # what has been compiled for the CPU is good for it
+    # What has been compiled for the CPU is good for it, at the same distance from the sources.
+    copy = shutil.copytree(objects, objects.with_name("native-nvcc-fails"))
     env = {
         "CUDACXX": nvcc,
         "GFL_KERNELS_BUILD": "auto",
-        "GFL_KERNELS_BUILD_DIR": tmp_path / "b",
+        "GFL_KERNELS_BUILD_DIR": copy,
+        "CCACHE_BASEDIR": source,
         "GFL_KERNELS_CUDA_ARCHITECTURES": "90",
     }
     wheel, output = build_wheel(source, tmp_path, "--no-build-isolation", **env)
