@@ -12,13 +12,17 @@ export GFL_KERNELS_BUILD ?= $(if $(shell command -v $${CXX:-c++}),cpu,auto)
 # Workers of pytest; the tests are short, so two share even a small machine well.
 JOBS ?= 2
 PYTEST_ARGS ?=
+# TORCH=2.10.0: that version instead of the pinned one, with the torchvision and the Triton that go with it.
+TORCH ?=
+REQUIREMENTS = $(if $(TORCH),sed -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^torchvision==.*/torchvision/' \
+  -e '/^triton==/d' requirements-dev.txt,cat requirements-dev.txt)
 BUILD_TAG = $(shell $(PY) -c 'import sys; print(sys.implementation.cache_tag)')
 NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt gfl_kernels/_version.py \
   $(wildcard cmake/*) $(wildcard python/*) $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc python tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help venv demo demo-mmdet demo-ultralytics gallery test test-triton test-asan check-isa bench bench-quick \
-  roofline lint format wheel sdist ci clean
+.PHONY: help venv demo demo-mmdet demo-ultralytics gallery test test-triton test-asan check-isa test-gpu sanitize-gpu \
+  bench bench-quick bench-gpu compare-gpu roofline report docs api lint format wheel test-wheel sdist ci clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,11 +69,42 @@ test-triton: $(VENV)/.package ## Some Triton tests under other versions of it, a
 	PYTHONPATH=$(CURDIR)/build/triton-3.6.0:$(CURDIR)/build/triton-viz GFL_TEST_EXPECT_SANITIZER=1 \
 	  $(PY) -m pytest -q -rs -p no:cacheprovider tests/test_sanitizer.py
 
+# On a machine with a GPU, GFL_KERNELS_BUILD=cuda and GFL_KERNELS_CUDA_ARCHITECTURES=native build what these
+# four need. Odd shapes run twice: as they are, and under compute-sanitizer, for which torch's allocator must
+# not hand out parts of larger blocks.
+GPU_TESTS := $(addprefix tests/test_,gpu.py odd_shapes.py quality.py distribution.py)
+test-gpu: $(VENV)/.package ## What a GPU alone can show, gradcheck and the odd shapes, on Triton and CUDA C++
+	@$(PY) tests/require_gpu.py $@
+	GFL_TEST_EXPECT_GPU=1 $(PY) -m pytest $(GPU_TESTS) \
+	  -k '(triton or cuda) and (test_gpu or test_odd_shapes or gradcheck)' $(PYTEST_ARGS)
+
+sanitize-gpu: $(VENV)/.package ## The odd shapes under compute-sanitizer's memcheck and racecheck
+	@$(PY) tests/require_gpu.py $@ compute-sanitizer
+	for tool in memcheck racecheck; do \
+	  GFL_TEST_EXPECT_GPU=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -p no:cacheprovider \
+	    tests/test_odd_shapes.py -k 'triton or cuda' $(PYTEST_ARGS); \
+	done
+
+bench-gpu: $(VENV)/.package ## Benchmarks of the ops on a GPU, one folder of bench/out/gpu per backend
+	@$(PY) tests/require_gpu.py $@
+	$(PY) -m bench.run --device cuda --backend triton --out bench/out/gpu/triton $(BENCH_ARGS)
+	$(PY) -m bench.run --device cuda --backend cuda --no-compile --out bench/out/gpu/cuda $(BENCH_ARGS)
+
+compare-gpu: $(VENV)/.package ## Fails if bench-gpu is slower than what BASELINE, a folder of an earlier one, says
+	$(PY) -m bench.compare $(or $(BASELINE),$(error name the folder: make $@ BASELINE=...)) bench/out/gpu
+
 bench: $(VENV)/.package ## Benchmarks of the ops; tables and charts go to bench/out
 	$(PY) -m bench.run $(BENCH_ARGS)
 
 bench-quick: $(VENV)/.package ## The same in under two minutes
 	$(PY) -m bench.run --quick $(BENCH_ARGS)
+
+report: $(VENV)/.package ## One HTML page of the figures in bench/out; what is missing is measured first
+	[ -e bench/out/bench.json ] || $(PY) -m bench.run --quick $(BENCH_ARGS)
+	[ -e bench/out/roofline.json ] || $(PY) -m bench.roofline --quick $(ROOFLINE_ARGS)
+	[ -e bench/out/train_digits.json ] || $(PY) -m bench.train_digits $(DEMO_ARGS)
+	$(PY) -m bench.page
 
 roofline: $(VENV)/.package ## Counts from the compiled GPU kernels, without a GPU; also to bench/out
 	$(PY) -m bench.roofline $(ROOFLINE_ARGS)
@@ -97,7 +132,15 @@ build/asan/.built: $(VENV)/.package $(wildcard gfl_kernels/*.py)
 check-isa: $(VENV)/.package ## No code of one instruction set may be shared with the others
 	$(BIN)/cmake --build build/native-$(BUILD_TAG) --target check_isa_symbols
 
-lint: $(VENV)/.package ## ruff and clang-format, as the commit hooks run them
+# The variable: Material for MkDocs advertises its successor on every build.
+docs: $(VENV)/.package ## The documentation, strictly, in build/site
+	$(PY) docs/figures.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+
+api: $(VENV)/.package ## Write the public API's snapshot anew, after it has changed on purpose
+	$(PY) tests/test_api.py > build/api.txt && mv build/api.txt tests/api.txt
+
+lint: $(VENV)/.package ## ruff, clang-format, mypy and actionlint, as the commit hooks run them
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 format: $(VENV)/.requirements ## Rewrite the sources in the project's format
@@ -105,8 +148,23 @@ format: $(VENV)/.requirements ## Rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-wheel: $(VENV)/.package ## A wheel with the native library in dist/
-	GFL_KERNELS_BUILD=cpu $(PY) -m build --wheel --no-isolation
+# With an nvcc at hand the wheel has the CUDA part, for the GPUs of GFL_KERNELS_CUDA_ARCHITECTURES or for all.
+# torch stays outside the wheel, and of its library only the stable ABI of 2.10 may be used. The tag says which
+# glibc the build machine has asked for: for an older one build on an older system. _C, which only one version of
+# Python can load and which says nothing that ctypes cannot ask the library, stays out of it.
+WHEEL_BUILD = $(if $(shell command -v nvcc),cuda,cpu)
+wheel: $(VENV)/.package ## A wheel with the native library in dist/, for every Python and every torch from 2.10 on
+	rm -rf build/wheel dist/gfl_kernels-*.whl
+	GFL_KERNELS_BUILD=$(WHEEL_BUILD) GFL_KERNELS_CMAKE_ARGS="$$GFL_KERNELS_CMAKE_ARGS -DGFL_PYTHON_MODULE=OFF" \
+	  $(PY) -m build --wheel --no-isolation --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel -q repair --exclude 'libtorch*' -w dist build/wheel/*.whl
+	$(PY) -m zipfile -e dist/gfl_kernels-*.whl build/wheel/unpacked
+	$(BIN)/torch-abi-audit --check torch build/wheel/unpacked/gfl_kernels/lib/libgfl_native.so | tee build/wheel/abi.txt
+	grep -q 'Min torch: *2.10.0$$' build/wheel/abi.txt
+
+test-wheel: $(VENV)/.requirements ## The wheel of dist/ in a fresh environment without a compiler (TORCH, PYTHON)
+	$(PY) tests/wheel.py --torch $(or $(TORCH),$(shell sed -n 's/^torch==//p' requirements-dev.txt)) \
+	  --python $(or $(PYTHON),$(PY)) dist/gfl_kernels-*.whl
 
 sdist: $(VENV)/.package ## A source distribution in dist/
 	$(PY) -m build --sdist --no-isolation
@@ -130,8 +188,9 @@ $(PY):
 	  'name one with: make PYTHON=/path/to/python3' >&2; exit 1
 
 $(VENV)/.requirements: requirements-dev.txt | $(PY)
-	sed '/^# without dependencies/,$$d' $< | $(PIP) install --disable-pip-version-check -q -r /dev/stdin
-	sed -n '/^# without dependencies/,$$p' $< | $(PIP) install --disable-pip-version-check -q --no-deps -r /dev/stdin
+	$(REQUIREMENTS) | sed '/^# without dependencies/,$$d' | $(PIP) install --disable-pip-version-check -q -r /dev/stdin
+	$(REQUIREMENTS) | sed -n '/^# without dependencies/,$$p' | \
+	  $(PIP) install --disable-pip-version-check -q --no-deps -r /dev/stdin
 	touch $@
 
 $(VENV)/.package: $(VENV)/.requirements $(NATIVE_SOURCES)

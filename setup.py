@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -186,8 +187,16 @@ class BuildNative(build_ext):
         return {}
 
 
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        # The library is loaded through ctypes and knows nothing of Python; _C, if it is there, does.
+        *python, platform = super().get_tag()
+        knows_python = any((Path(self.bdist_dir) / "gfl_kernels").glob("_C.*"))
+        return (*python, platform) if knows_python else ("py3", "none", platform)
+
+
 build_mode()
 setup(
     ext_modules=[Extension("gfl_kernels._C", sources=[])],
-    cmdclass={"build_py": BuildPy, "build_ext": BuildNative},
+    cmdclass={"bdist_wheel": Wheel, "build_py": BuildPy, "build_ext": BuildNative},
 )

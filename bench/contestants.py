@@ -61,7 +61,7 @@ class Inputs:
     upstream: Tensor | None  # float32 gradient of a result that is not a scalar
 
 
-def make_inputs(case: Case, constant: float | None = None) -> Inputs:
+def make_inputs(case: Case, constant: float | None = None, device: str = "cpu") -> Inputs:
     """Seeded inputs. constant: logits of one value instead (DFL: all bins that far below one)."""
     random = torch.Generator().manual_seed(SEED)
     dtype = getattr(torch, case.dtype)
@@ -78,10 +78,20 @@ def make_inputs(case: Case, constant: float | None = None) -> Inputs:
         if case.op == "dfl" or case.op in SUMMARIES:
             logits[:, c // 4] = 0.0
         inputs = replace(inputs, logits=logits)
+    inputs = _moved(inputs, device)
     inputs.logits = inputs.logits.detach().requires_grad_()
     if not case.weighted:
         inputs.weight = inputs.avg_factor = None
     return inputs
+
+
+def _moved(inputs: Inputs, device: str) -> Inputs:
+    def move(value):
+        if isinstance(value, tuple):
+            return tuple(map(move, value))
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return Inputs(**{name: move(value) for name, value in vars(inputs).items()})
 
 
 def _quality_inputs(case: Case, n: int, c: int, dtype, random) -> Inputs:
@@ -322,7 +332,8 @@ def forms(case: Case, inputs: Inputs) -> tuple[Callable, dict[str, Callable], Ca
     target, weight, avg_factor = inputs.target, inputs.weight, inputs.avg_factor
     if case.op == "integral":
         reg_max = case.width - 1
-        module, fused = eager.Integral(reg_max), gfl_kernels.Integral(reg_max)
+        device = inputs.logits.device
+        module, fused = (of(reg_max).to(device) for of in (eager.Integral, gfl_kernels.Integral))
         return module, {"product and sum": lambda x: summed_integral(x, reg_max)}, fused
     if case.op in SUMMARIES:
         upstream_form = {

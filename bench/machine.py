@@ -37,8 +37,9 @@ def allocator_settings() -> str:
     return f"{'-'.join(platform.libc_ver()) or 'libc'} " + (" ".join(found) or "defaults")
 
 
-def describe_machine(threads: int) -> dict:
+def describe_machine(threads: int, device: str = "cpu") -> dict:
     return {
+        "gpu": _gpu_model() if device == "cuda" else "",
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": threads,
@@ -57,6 +58,9 @@ def describe_versions() -> dict:
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "revision": _first_line(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        ),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "gfl_kernels": gfl_kernels.__version__,
         "isa": native_isa(),
@@ -72,28 +76,29 @@ def describe_versions() -> dict:
     return versions
 
 
-def _native():
-    """gfl_kernels._C, or None in a pure-Python installation."""
-    try:
-        from gfl_kernels import _C
-    except ImportError:
-        return None
-    return _C
-
-
 def build_info() -> dict:
-    native = _native()
-    return dict(native.build_info()) if native else {}
+    from gfl_kernels import native
+
+    return native.build_info()
 
 
 def native_isa() -> str:
-    native = _native()
-    return native.cpu_isa() if native else "none"
+    from gfl_kernels import native
+
+    return native.cpu_isa() or "none"
 
 
 def available_isas() -> list[str]:
-    native = _native()
-    return list(native.available_isas()) if native else []
+    from gfl_kernels import native
+
+    return native.available_isas()
+
+
+def _gpu_model() -> str:
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
 def _cpu_model() -> str:

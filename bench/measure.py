@@ -114,19 +114,24 @@ def upstream_of(inputs: Inputs, contestant: Callable[[Tensor], Tensor]) -> Tenso
 
 
 class Stopwatch:
-    """A clock that can stand still: what happens between hold() and go() takes no time."""
+    """A clock that can stand still: what happens between hold() and go() takes no time. On a GPU
+    it waits for what has been launched."""
 
-    def __init__(self):
+    def __init__(self, device: str = "cpu"):
         self._held = 0.0
         self._since = 0.0
+        self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def __call__(self) -> float:
+        self._wait()
         return time.perf_counter() - self._held
 
     def hold(self):
+        self._wait()
         self._since = time.perf_counter()
 
     def go(self):
+        self._wait()
         self._held += time.perf_counter() - self._since
 
 
@@ -164,9 +169,9 @@ def passes(
     return backward
 
 
-def copy_of(moved: int) -> Callable[[], None]:
+def copy_of(moved: int, device: str = "cpu") -> Callable[[], None]:
     """A parallel copy that moves as many bytes: it reads half of them and writes half."""
-    source = torch.ones(max(1, moved // 8), dtype=torch.float32)
+    source = torch.ones(max(1, moved // 8), dtype=torch.float32, device=device)
     destination = torch.empty_like(source)
     return lambda: destination.copy_(source)
 
@@ -220,10 +225,12 @@ def block(
 ) -> Callable[[], tuple[float, int, float]]:
     """One contestant's block: as many calls as fill `seconds`, warmed up and counted here, once."""
     timer = Timer("call()", globals={"call": statement}, timer=watch, num_threads=threads)
+    watch()
     began, warm = time.perf_counter(), 0
     while warm < 3 or time.perf_counter() - began < min(seconds, 0.05):
         statement()
         warm += 1
+    watch()
     # Wall time, also where the watch stands still for a part: a round must not take for ever.
     calls = max(1, int(seconds * warm / (time.perf_counter() - began)))
 

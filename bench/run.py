@@ -3,6 +3,7 @@
     python -m bench.run --quick                  under two minutes: the cases with a requirement
     python -m bench.run --only 'dfl.*float16'    cases whose name matches (--list shows the names)
     python -m bench.run --check                  exit status 1 if a requirement is missed
+    python -m bench.run --device cuda --backend triton    on a GPU; the requirements are the CPU's
 
 Writes bench.json, bench.csv, speedup.png and floor.png. Nothing is timed before its results were
 compared with float64; what is worse than eager is refused, and named.
@@ -26,6 +27,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="cases with a requirement only")
     parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder of the results")
     parser.add_argument("--only", metavar="REGEX", help="cases whose name matches")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where tensors are"
+    )
+    parser.add_argument("--backend", help="force one of gfl_kernels' backends")
     parser.add_argument("--threads", type=int, help="default: as many as PyTorch takes")
     parser.add_argument("--rounds", type=int, help="rounds per case (default 11, --quick 9)")
     parser.add_argument("--block-ms", type=float, default=20.0, help="time of one block")
@@ -50,6 +55,10 @@ def main(arguments: list[str]) -> int:
     # Imported here: --help and --list need no PyTorch, and the allocator is fixed before it loads.
     from bench import session
 
+    obstacle = session.obstacle(options)
+    if obstacle is not None:
+        print(obstacle, file=sys.stderr)
+        return 2
     return session.execute(options, selected)
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch._dynamo import utils as dynamo
 
+import gfl_kernels
 from bench import cases, charts, contestants, isa, machine, measure, report
 from bench.cases import STEP, Case
 from bench.contestants import COMPILE
@@ -31,14 +32,16 @@ class Run:
 
     def case(self, case: Case, say=lambda text: None):
         """Checks, measures memory, and times all contestants of a case in each of its passes."""
-        inputs = contestants.make_inputs(case)
+        inputs = contestants.make_inputs(case, device=self.options.device)
         table = contestants.contestants(case, inputs, compiled=not self.options.no_compile)
         if self.options.quick:
             for form in contestants.NOT_QUICK.get(case.op, ()):
                 table.pop(COMPILE + form, None)
         say("checking against float64")
         accepted, checks = self.admit(case, inputs, table, say)
-        memory = {name: measure.memory(inputs, contestant) for name, contestant in accepted.items()}
+        memory = {}  # the profiler's record of a GPU's allocations has never been looked at
+        if self.options.device == "cpu":
+            memory = {name: measure.memory(inputs, form) for name, form in accepted.items()}
         wanted = case.passes if not self.options.quick else (STEP,)
         for which in wanted if accepted else ():
             say(f"timing {which}")
@@ -83,12 +86,12 @@ class Run:
         self.console.print(f"[bold red]refused[/] {case.name}: {reason}", highlight=False)
 
     def time(self, case: Case, inputs, accepted: dict, which: str) -> dict[str, measure.Samples]:
-        watch = measure.Stopwatch()
+        watch = measure.Stopwatch(self.options.device)
         statements = {
             name: measure.passes(inputs, contestant, which, watch)
             for name, contestant in accepted.items()
         }
-        statements[report.COPY] = measure.copy_of(case.bytes(which))
+        statements[report.COPY] = measure.copy_of(case.bytes(which), self.options.device)
         if case is cases.TINY and which == STEP:
             x = inputs.logits
 
@@ -142,8 +145,24 @@ class Run:
             self.rows += report.isa_rows(case, compared[case.name])
 
 
+def obstacle(options: argparse.Namespace) -> str | None:
+    """Why this run cannot be, in a line."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        return f"--device cuda: torch {torch.__version__} finds no GPU"
+    if options.backend is not None:
+        reason = gfl_kernels.backends().get(options.backend, "there is none of that name")
+        if reason != "ok":
+            return f"--backend {options.backend}: {reason}"
+    return None
+
+
 def execute(options: argparse.Namespace, selected: list[Case]) -> int:
     """Runs the selected cases; the exit status."""
+    with gfl_kernels.use_backend(options.backend):
+        return _execute(options, selected)
+
+
+def _execute(options: argparse.Namespace, selected: list[Case]) -> int:
     console = Console(width=None if sys.stdout.isatty() else 170)
     options.threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(options.threads)
@@ -157,8 +176,9 @@ def execute(options: argparse.Namespace, selected: list[Case]) -> int:
     # A case object in both lists is the same object: --only narrows the extras as well.
     denormal = cases.DENORMAL_QUICK if options.quick else cases.DENORMAL_CASES
     isas = cases.ISA_QUICK if options.quick else cases.ISA_CASES
-    denormal = [case for case in denormal if case in selected]
-    isas = [case for case in isas if case in selected]
+    on_cpu = options.device == "cpu" and options.backend in (None, "cpu")
+    denormal = [case for case in denormal if case in selected and on_cpu]
+    isas = [case for case in isas if case in selected and on_cpu]
     text = TextColumn("{task.description}")
     columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -177,12 +197,13 @@ def execute(options: argparse.Namespace, selected: list[Case]) -> int:
         progress.advance(bar, len(isas))
 
     context["settings"]["seconds"] = round(time.perf_counter() - began, 1)
-    verdicts = report.judge(run.rows)
+    verdicts = report.judge(run.rows) if on_cpu else []
     report.write(options.out, context, run.rows, run.refused, verdicts)
-    pictures = charts.draw(options.out, context, run.rows)
+    pictures = charts.draw(options.out, context, run.rows) if on_cpu else []
     report.print_cases(console, run.rows)
     report.print_extras(console, run.rows)
-    report.print_verdicts(console, verdicts)
+    if verdicts:
+        report.print_verdicts(console, verdicts)
     for entry in run.refused:
         console.print(f"[bold red]refused[/] {entry['case']}: {entry['reason']}", highlight=False)
     files = [options.out / "bench.json", options.out / "bench.csv", *pictures]
@@ -199,10 +220,12 @@ def describe_step(progress: Progress, bar, name: str, text: str):
 def describe(options: argparse.Namespace) -> dict:
     """What stands in every file beside the figures."""
     return {
-        "machine": machine.describe_machine(options.threads),
+        "machine": machine.describe_machine(options.threads, options.device),
         "versions": machine.describe_versions(),
         "settings": {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "device": options.device,
+            "backend": options.backend or "",
             "quick": options.quick,
             "only": options.only or "",
             "rounds": options.rounds,
@@ -216,6 +239,7 @@ def describe(options: argparse.Namespace) -> dict:
 def print_context(console: Console, context: dict):
     host, versions, settings = context["machine"], context["versions"], context["settings"]
     console.print(
+        f"{host['gpu'] + ', ' if host['gpu'] else ''}"
         f"{host['cpu']}, {host['cores']} cores, {host['threads']} threads; "
         f"torch {versions['torch']} ({versions['torch_isa']}), "
         f"gfl_kernels {versions['gfl_kernels']} ({versions['isa']}), "
@@ -226,5 +250,5 @@ def print_context(console: Console, context: dict):
         style="dim",
     )
     reason = versions["backends"].get("cpu")
-    if reason != "ok":
+    if settings["device"] == "cpu" and reason != "ok":
         console.print(f"[bold yellow]ours is the reference backend here[/]: cpu: {reason}")

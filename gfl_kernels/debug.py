@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 _SLACK = 1e-5  # an IoU rounded to 1.000001 is not a mistake
@@ -23,7 +25,9 @@ def _outside(values: Tensor, low: float, high: float) -> Tensor:
     return ~((values >= low) & (values <= high))  # also NaN
 
 
-def check_quality(name, pred, target, score, class_dim, activated) -> None:
+def check_quality(
+    name: str, pred: Tensor, target: Tensor, score: Tensor | None, class_dim: int, activated: bool
+) -> None:
     classes = pred.shape[class_dim]
     if score is None:
         _first_bad(name, "target", target, _outside(target, -_SLACK, 1 + _SLACK), "in [0, 1]")
@@ -41,12 +45,12 @@ def check_quality(name, pred, target, score, class_dim, activated) -> None:
         )
 
 
-def check_distribution(name, target, weight_left, bins) -> None:
+def check_distribution(name: str, target: Tensor, weight_left: Tensor | None, bins: int) -> None:
     argument = "target" if weight_left is None else "left"
     _first_bad(name, argument, target, _outside(target, 0, bins - 1), f"in [0, {bins - 1}]")
 
 
-def check_head(name, labels, classes) -> None:
+def check_head(name: str, labels: Sequence[Tensor], classes: int) -> None:
     for level, label in enumerate(labels):
         _first_bad(
             name, f"labels[{level}]", label, _outside(label, -1, classes), f"in [-1, {classes}]"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from . import native
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Value checks of labels, scores and targets (they read the tensors): GFL_KERNELS_DEBUG=1.
@@ -29,11 +32,11 @@ def backends() -> dict[str, str]:
     return {name: _why_not(name) or "ok" for name in BACKENDS}
 
 
-def _constant_when_compiled(function):
+def _constant_when_compiled(function: _Function) -> _Function:
     """torch.compiler.assume_constant_result, but that imports all of torch._dynamo: torch.compile
     calls the function while it traces, and need not look into Triton.
     """
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
@@ -111,7 +114,7 @@ class use_backend:
         _forced = self._name  # an object may be entered again
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         global _forced
         _forced = self._previous
 
@@ -119,7 +122,7 @@ class use_backend:
 def exporting() -> bool:
     """Exported graphs hold plain PyTorch operations and run where gfl_kernels is not installed."""
     # Both ONNX exporters are among these: one traces, the other exports.
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _obstacle(backend: str, pred: Tensor, *constants: Tensor | None) -> str | None:
@@ -174,11 +177,11 @@ def choose(op: str, pred: Tensor, *constants: Tensor | None) -> str:
     raise RuntimeError(f"backend {_forced!r} cannot run {op}: {obstacle}; usable for it: reference")
 
 
-def kernel(name: str, pred: Tensor):
+def kernel(name: str, pred: Tensor) -> Callable[..., Any]:
     """The fused implementation of op ``name``; the reference is chosen above the ops."""
     backend = _candidate(pred)
     if _forced == "reference":
-        obstacle = "use_backend('reference') is in force and the reference is not an op"
+        obstacle: str | None = "use_backend('reference') is in force and the reference is not an op"
     elif backend == "reference":
         obstacle = f"no backend has kernels for {pred.device}"
     else:
@@ -189,14 +192,14 @@ def kernel(name: str, pred: Tensor):
 
 
 @cache
-def implementation(backend: str, name: str):
+def implementation(backend: str, name: str) -> Callable[..., Any]:
     """Op ``name`` of a fused backend that `choose` has found able to run it."""
     if backend != "triton":
         return getattr(torch.ops.gfl_native, name).default
     launch = getattr(import_module(".triton", __package__), name)
     op = getattr(torch.ops.gfl_kernels, name).default
 
-    def run(*args):
+    def run(*args: Any) -> Any:
         # Tensors that are not what their memory says (fake ones, a pending sign) go through the
         # dispatcher, which takes care of them and comes back here.
         return launch(*args) if all(map(_is_plain, args)) else op(*args)
@@ -204,7 +207,7 @@ def implementation(backend: str, name: str):
     return run
 
 
-def _is_plain(value) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return not isinstance(value, Tensor) or (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -578,7 +579,15 @@ def localization_distillation_loss(
 
 
 def _quality_focal_loss(
-    pred, target, beta, weight, avg_factor, reduction, activated, class_dim=-1, loss_weight=1.0
+    pred: Tensor,
+    target: Any,
+    beta: float,
+    weight: Any,
+    avg_factor: float | Tensor | None,
+    reduction: str,
+    activated: bool,
+    class_dim: int = -1,
+    loss_weight: float = 1.0,
 ) -> Tensor:
     """quality_focal_loss with a loss weight folded in, so that the upstream gradient is 1."""
     rule = PROBABILITIES if activated else LOGITS, 0, 0.0, beta
@@ -752,7 +761,13 @@ def _as_elements(pred, target, score, weight, class_dim):
 
 
 def _distribution_focal_loss(
-    pred, target, weight, avg_factor, reduction, bin_dim=-1, loss_weight=1.0
+    pred: Tensor,
+    target: Any,
+    weight: Tensor | None,
+    avg_factor: float | Tensor | None,
+    reduction: str,
+    bin_dim: int = -1,
+    loss_weight: float = 1.0,
 ) -> Tensor:
     """distribution_focal_loss with a loss weight folded in."""
     name = "distribution_focal_loss"
@@ -866,7 +881,14 @@ def _rows(pred: Tensor, dim: int) -> torch.Size:
 
 
 def _run(
-    apply, op, tensors, constants, reduction: str, avg_factor, loss_weight: float, backend: str
+    apply: Callable[..., Any],
+    op: Callable[..., Any],
+    tensors: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    reduction: str,
+    avg_factor: float | Tensor | None,
+    loss_weight: float,
+    backend: str,
 ) -> Tensor:
     """Run a fused loss: apply of its autograd Function, or the op itself where torch.compile
     records one.
@@ -911,7 +933,7 @@ def _run(
 # Argument checks
 
 
-def _check_pred(name: str, pred, dim: int, size: str, dim_name: str) -> None:
+def _check_pred(name: str, pred: Any, dim: Any, size: str, dim_name: str) -> None:
     if not isinstance(pred, Tensor):
         raise TypeError(f"{name}: pred must be a Tensor, got {type(pred).__name__}")
     if not pred.is_floating_point():
@@ -936,7 +958,9 @@ def _check_pred(name: str, pred, dim: int, size: str, dim_name: str) -> None:
         )
 
 
-def _check_reduction(name: str, reduction, avg_factor, pred: Tensor) -> float | Tensor | None:
+def _check_reduction(
+    name: str, reduction: str, avg_factor: Any, pred: Tensor
+) -> float | Tensor | None:
     """avg_factor as it counts: None for "none", detached and on pred's device if it is a tensor."""
     if reduction not in _REDUCTIONS:
         raise ValueError(
@@ -961,31 +985,31 @@ def _check_reduction(name: str, reduction, avg_factor, pred: Tensor) -> float | 
     return avg_factor.detach()
 
 
-def _check_number(name: str, argument: str, value, also: str = "") -> None:
+def _check_number(name: str, argument: str, value: Any, also: str = "") -> None:
     # numbers.Real has numpy's scalars; the first test spares the common types its slow instance
     # check.
     if not isinstance(value, (float, int)) and not isinstance(value, Real):
         raise TypeError(f"{name}: {argument} must be a number{also}, got {type(value).__name__}")
 
 
-def _check_int(name: str, argument: str, value) -> None:
+def _check_int(name: str, argument: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: {argument} must be an int, got {type(value).__name__}")
 
 
-def _check_not_negative(name: str, argument: str, value) -> None:
+def _check_not_negative(name: str, argument: str, value: Any) -> None:
     _check_number(name, argument, value)
     if not value >= 0:
         raise ValueError(f"{name}: {argument} must be >= 0, got {value}")
 
 
-def _check_fraction(name: str, argument: str, value) -> None:
+def _check_fraction(name: str, argument: str, value: Any) -> None:
     _check_number(name, argument, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name}: {argument} must be in [0, 1], got {value}")
 
 
-def _check_tensor(name: str, argument: str, tensor, pred: Tensor) -> None:
+def _check_tensor(name: str, argument: str, tensor: Any, pred: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: {argument} must be a Tensor, got {type(tensor).__name__}")
     if (
@@ -998,13 +1022,15 @@ def _check_tensor(name: str, argument: str, tensor, pred: Tensor) -> None:
         raise _wrong_layout(name, argument, tensor)
 
 
-def _check_row_tensor(name: str, argument: str, tensor, pred: Tensor, rows: torch.Size) -> None:
+def _check_row_tensor(
+    name: str, argument: str, tensor: Any, pred: Tensor, rows: torch.Size
+) -> None:
     _check_tensor(name, argument, tensor, pred)
     if tensor.shape != rows:
         raise _wrong_shape(name, argument, "a value per row of pred:", rows, tensor)
 
 
-def _wrong_shape(name: str, argument: str, what: str, expected, tensor: Tensor) -> ValueError:
+def _wrong_shape(name: str, argument: str, what: str, expected: Any, tensor: Tensor) -> ValueError:
     return ValueError(
         f"{name}: {argument} must have {what} {tuple(expected)}, got {tuple(tensor.shape)}"
     )

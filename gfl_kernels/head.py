@@ -220,18 +220,18 @@ def task_aligned_loss(
 
 
 def _options(
-    name,
+    name: str,
     *,
-    iou,
-    iou_eps,
-    limit,
-    beta,
-    loss_weights,
-    divisors,
-    strides,
-    every_iou=False,
-    form=reference.LOGITS,
-    alpha=0.0,
+    iou: str,
+    iou_eps: float,
+    limit: float,
+    beta: float,
+    loss_weights: Sequence[float],
+    divisors: tuple[float, float],
+    strides: Sequence[float],
+    every_iou: bool = False,
+    form: int = reference.LOGITS,
+    alpha: float = 0.0,
 ) -> ops.HeadOptions:
     """divisors: of the box loss and the DFL, folded into their weights (mmdetection's avg_factor
     of 1 and of 4 sides, each with its eps). every_iou: "ciou" is reference.box_loss's ciou_all."""
@@ -260,10 +260,17 @@ def _options(
 
 
 def _run(
-    name, channel_dims, levels, options, avg_factor, process_group, return_boxes
+    name: str,
+    channel_dims: tuple[int, int],
+    levels: Sequence[Any],
+    options: ops.HeadOptions,
+    avg_factor: float | Tensor | None,
+    process_group: Any,
+    return_boxes: bool,
 ) -> GFLLossOutput:
     cls, box, *others = levels
     pred = cls[0]
+    losses: Any
     avg_factor = _check_reduction(name, "mean", avg_factor, pred)
     dense = bool(levels[5])
     normalise = partial(_normalise, avg_factor=avg_factor, dense=dense, group=process_group)
@@ -272,11 +279,11 @@ def _run(
         cls = [level.movedim(channel_dims[0], -1) for level in cls]
         box = [level.movedim(channel_dims[1], -1) for level in box]
     if backend == "reference":
-        losses, iou, boxes = reference.head_loss(
+        losses, iou, boxes = reference.head_loss(  # type: ignore[misc]  # others are the five lists before strides
             cls,
             box,
             *others,
-            options.strides,
+            strides=options.strides,
             iou=list(ops.IOUS)[options.iou],
             iou_eps=options.iou_eps,
             limit=options.limit,
@@ -310,7 +317,9 @@ def _run(
     return GFLLossOutput(*losses, *((boxes, iou) if return_boxes else (None, None)))
 
 
-def _normalise(normalisers: Tensor, avg_factor, dense: bool, group) -> Tensor:
+def _normalise(
+    normalisers: Tensor, avg_factor: float | Tensor | None, dense: bool, group: Any
+) -> Tensor:
     """The two divisors [2]: averaged over the group, then avg_factor in place of the first (with
     dense targets, of both)."""
     with torch.no_grad():
@@ -334,7 +343,7 @@ def _normalise(normalisers: Tensor, avg_factor, dense: bool, group) -> Tensor:
 # Argument checks
 
 
-def _check_levels(name: str, **arguments) -> list[list]:
+def _check_levels(name: str, **arguments: Any) -> list[Any]:
     """Sequences with an entry per level, as lists; [] for None."""
     count = None
     for argument, levels in arguments.items():
@@ -354,7 +363,7 @@ def _check_levels(name: str, **arguments) -> list[list]:
     return [list(levels or ()) for levels in arguments.values()]
 
 
-def _channels(name: str, argument: str, tensor, dim: int) -> int:
+def _channels(name: str, argument: str, tensor: Any, dim: int) -> int:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: {argument} must be a Tensor, got {type(tensor).__name__}")
     if tensor.dim() < 3:
@@ -369,7 +378,14 @@ _NAMES = ("cls_logits", "box_logits", "points", "labels", "box_targets", "label_
 
 
 def _check_level(
-    name, index, level, dims, classes: int, channels: int, lists, names=_NAMES
+    name: str,
+    index: str,
+    level: Sequence[Any],
+    dims: tuple[int, int],
+    classes: int,
+    channels: int,
+    lists: Sequence[Any],
+    names: Sequence[str] = _NAMES,
 ) -> None:
     """One level's tensors, in the order of names. lists: of all levels, whose dtypes are those of
     the first."""
@@ -401,7 +417,7 @@ def _check_level(
     if classes == 0:
         raise ValueError(f"{name}: {names[0]} must have at least one class")
 
-    def with_channels(count):
+    def with_channels(count: int) -> tuple[int, ...]:
         return (batch, count, *cells) if dims[0] == 1 else (batch, *cells, count)
 
     shapes = (

@@ -20,6 +20,8 @@ from .head import GFLLossOutput, gfl_loss
 
 
 class _Loss(nn.Module):
+    reduction: str
+
     def _check_sigmoid(self, use_sigmoid: bool) -> None:
         if use_sigmoid is not True:
             raise ValueError(
@@ -228,6 +230,7 @@ class Integral(nn.Module):
 
     def __init__(self, reg_max: int = 16, *, mode: str = "mean", window: int = 2) -> None:
         super().__init__()
+        self.project: Tensor
         self.reg_max = reg_max
         self.mode = mode
         self.window = window

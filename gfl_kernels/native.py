@@ -7,6 +7,7 @@ import json
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,12 +25,13 @@ _STRINGS = (  # its functions that return one
 
 
 @cache
-def build_report() -> dict:
+def build_report() -> dict[str, Any]:
     """What the build of this installation left behind (setup.py writes it); empty without one."""
     try:
-        return json.loads((_PACKAGE / "_build_report.json").read_text())
+        report: dict[str, Any] = json.loads((_PACKAGE / "_build_report.json").read_text())
     except (OSError, ValueError):
         return {}
+    return report
 
 
 @cache
@@ -90,10 +92,11 @@ def cuda_why_not() -> str | None:
     return None
 
 
-def build_info() -> dict:
+def build_info() -> dict[str, Any]:
     """How the loaded library was built; empty without one."""
     loaded = library()
-    return json.loads(loaded.gfl_build_info()) if loaded else {}
+    info: dict[str, Any] = json.loads(loaded.gfl_build_info()) if loaded else {}
+    return info
 
 
 def cpu_isa() -> str | None:

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -187,7 +187,7 @@ def _fake_decode_boxes(pred: Tensor, *args) -> tuple[Tensor, ...]:
     return boxes, score, label, torch.empty_like(boxes) if write_deviation else boxes.new_empty(0)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "quality_forward": _fake_forward,
     "quality_backward": _fake_backward,
     "distribution_forward": _fake_forward,
@@ -316,7 +316,7 @@ class DistributionSummary(torch.autograd.Function):
     def backward(ctx, grad_out):
         name = f"{ctx.which}_backward"
         if torch.is_grad_enabled():
-            op = getattr(torch.ops.gfl_kernels, name)
+            op: Callable[..., Any] = getattr(torch.ops.gfl_kernels, name)
         else:
             op = dispatch.implementation(ctx.backend, name)
         grad = op(grad_out, *ctx.saved_tensors, *ctx.constants)
@@ -350,7 +350,7 @@ class HeadOptions(NamedTuple):
     alpha: float
     beta: float
     loss_weights: list[float]
-    normalise: Callable[[Tensor], Tensor]  # of the normalisers, over the processes
+    normalise: Any  # a function of the normalisers, over the processes
     write_boxes: bool
     write_grad: bool
 
@@ -415,7 +415,7 @@ class HeadLoss(torch.autograd.Function):
             cls = [level.movedim(dims[0], -1) for level in lists[0]]
             box = [level.movedim(dims[1], -1) for level in lists[1]]
             if create_graph:  # the op's own derivative is refused by name
-                op = torch.ops.gfl_kernels.head_backward
+                op: Callable[..., Any] = torch.ops.gfl_kernels.head_backward
             else:
                 op = dispatch.implementation(ctx.backend, "head_backward")
             grads = op(*upstream, cls, box, *lists[2:], *assessed, *ctx.options[:8])

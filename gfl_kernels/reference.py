@@ -620,11 +620,12 @@ def head_loss(
 
     if not targets:
         q = torch.where(of_class, quality.unsqueeze(-1), 0)
-        divisors = torch.stack([positive.sum(1).clamp(min=1).sum().to(dtype), weight.sum()])
-        divisors = normalise(divisors)
-        divisors = divisors[0] + EPS, divisors[1].clamp(min=1)
+        counts = torch.stack([positive.sum(1).clamp(min=1).sum().to(dtype), weight.sum()])
+        first, second = normalise(counts).unbind()
+        divisors = first + EPS, second.clamp(min=1)
     else:
-        divisors = normalise(weight.sum().expand(2)).clamp(min=1)
+        first, second = normalise(weight.sum().expand(2)).clamp(min=1).unbind()
+        divisors = first, second
     if label_weights:
         row_weight = torch.cat(list(label_weights), dim=1).to(dtype)
         unread = row_weight == 0

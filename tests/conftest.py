@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
-from support import BACKENDS, FUSED, INTERPRETED, Backend, expect_native, why_not
+from support import BACKENDS, FUSED, INTERPRETED, Backend, expected, why_not
 
 import gfl_kernels
 from gfl_kernels.adapters import restore
@@ -29,8 +29,8 @@ def _usable(name):
     reason = why_not(name)
     if reason is None:
         return
-    if expect_native() and name == "cpu":
-        pytest.fail(f"GFL_TEST_EXPECT_NATIVE=1, but backend {name!r} is not usable: {reason}")
+    if expected(name):
+        pytest.fail(f"backend {name!r} is expected here, but not usable: {reason}")
     pytest.skip(f"backend {name!r} is not usable: {reason}")
 
 

@@ -11,7 +11,7 @@ import argparse
 import torch
 
 import gfl_kernels
-from gfl_kernels import _C, reference
+from gfl_kernels import native, reference
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -55,7 +55,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--built-against", help="the torch version the library must come from")
     options = parser.parse_args()
-    info = _C.build_info()
+    info = native.build_info()
     if options.built_against and options.built_against not in str(info):
         raise SystemExit(f"the library was not built against torch {options.built_against}: {info}")
     if info["cuda_architectures"]:
@@ -80,7 +80,8 @@ def main():
                     checked += 1
     print(
         f"gfl_kernels {gfl_kernels.__version__} in {gfl_kernels.__path__[0]}, built with {info},\n"
-        f"running under torch {torch.__version__} on {_C.cpu_isa()} of {_C.available_isas()}: "
+        f"running under torch {torch.__version__} on {native.cpu_isa()} of "
+        f"{native.available_isas()}: "
         f"{checked} values and gradients agree with the reference"
     )
 

@@ -117,11 +117,15 @@ def why_not(name: str) -> str | None:
     return None if reason == "ok" else reason
 
 
-def expect_native() -> bool:
-    """CI sets this where the native library has been built: its absence is then a failure, not a
-    skip.
+def expected(name: str) -> bool:
+    """Whether the backend has to be usable, so that its absence is a failure, not a skip: CI says
+    so where the library has been built, and `make test-gpu` where there is a GPU.
     """
-    return os.environ.get("GFL_TEST_EXPECT_NATIVE") == "1"
+    if name in ("triton", "cuda") and torch.cuda.is_available():
+        return os.environ.get("GFL_TEST_EXPECT_GPU") == "1" and not (
+            name == "cuda" and torch.version.hip
+        )
+    return name == "cpu" and os.environ.get("GFL_TEST_EXPECT_NATIVE") == "1"
 
 
 def to_double(value):
@@ -135,6 +139,20 @@ def to_double(value):
     if isinstance(value, dict):
         return {key: to_double(item) for key, item in value.items()}
     return value
+
+
+def moved(value, device):
+    """Tensors (also inside tuples and dicts) on another device as they are: the same strides, and
+    around them the same memory, which .to(device) would leave out."""
+    if isinstance(value, tuple):
+        return tuple(moved(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    if not isinstance(value, torch.Tensor) or value.device.type == device:
+        return value
+    memory = value.untyped_storage().to(device=torch.device(device))
+    empty = torch.empty(0, dtype=value.dtype, device=device)
+    return empty.set_(memory, value.storage_offset(), value.shape, value.stride())
 
 
 def evaluate(function, pred, upstream, args, kwargs):

@@ -192,18 +192,6 @@ print("\\n".join(sorted(set(sys.modules) - before)))
     assert silent.returncode == 0 and silent.stdout == "" and silent.stderr == ""
 
 
-def test_import_is_quick():
-    code = """
-import time, torch
-start = time.perf_counter()
-import gfl_kernels
-print(time.perf_counter() - start)
-"""
-    # The best of three: other work on the machine must not decide. Loading the library takes
-    # about 0.1 s.
-    assert min(float(run_python(code).stdout) for _ in range(3)) < 1.5
-
-
 def copy_without_library(folder):
     """The pure-Python package alone, as a machine without a compiler installs it."""
     shutil.copytree(
@@ -275,10 +263,10 @@ def test_report_of_python_m():
 
 
 def test_report_of_python_m_names_the_instruction_set(native):
-    from gfl_kernels import _C
+    from gfl_kernels.native import available_isas
 
     done = run_python(["-m", "gfl_kernels"], GFL_CPU_ISA=None)
-    assert any(isa in done.stdout for isa in _C.available_isas())
+    assert any(isa in done.stdout for isa in available_isas())
 
 
 def test_public_names():

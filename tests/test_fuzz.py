@@ -13,7 +13,7 @@ from support import (
     assert_no_worse,
     check_op,
     evaluate,
-    expect_native,
+    expected,
     random_upstream,
     why_not,
 )
@@ -60,7 +60,7 @@ SPECIAL = torch.tensor(
 
 @pytest.fixture(autouse=True, scope="module")
 def _backend():
-    if BACKEND == "reference" and expect_native():
+    if BACKEND == "reference" and expected("cpu"):
         pytest.fail(f"GFL_TEST_EXPECT_NATIVE=1, but there is no cpu backend: {why_not('cpu')}")
     with gfl_kernels.use_backend(BACKEND):
         yield

@@ -4,11 +4,17 @@ and simulated (both backends').
 
 import pytest
 import torch
-from support import bin_target, check_op, lay_out, logits, sparse_target, why_not
+from support import bin_target, check_op, expected, lay_out, logits, moved, sparse_target, why_not
 from test_head import LAYOUTS, aligned, check, one_level, scene
 
 import gfl_kernels
-from gfl_kernels import distribution_focal_loss, gfl_loss, integral, quality_focal_loss
+from gfl_kernels import (
+    distribution_focal_loss,
+    gfl_loss,
+    integral,
+    quality_focal_loss,
+    task_aligned_loss,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +26,9 @@ pytestmark = [
 def backend(request):
     reason = why_not(request.param)
     if reason is not None:
-        pytest.skip(f"backend {request.param!r} is not usable: {reason}")
+        (pytest.fail if expected(request.param) else pytest.skip)(
+            f"backend {request.param!r} is not usable: {reason}"
+        )
     with gfl_kernels.use_backend(request.param):
         yield request.param
 
@@ -69,17 +77,8 @@ def test_head_values(dtype, layout):
         s = scene(classes=16, sizes=((24, 20), (12, 10), (5, 3)), dtype=dtype, **options)
         if layout != "nchw":
             s.cls, s.box = ([LAYOUTS[layout](t) for t in level] for level in (s.cls, s.box))
-        s = s.to(lambda t: t.cuda() if layout != "cropped" else _with_strides(t))
+        s = s.to(lambda t: moved(t, "cuda"))
         check(s)
-
-
-def _with_strides(t):
-    """On the GPU with the strides it has: .cuda() packs what has gaps."""
-    if t.is_contiguous():
-        return t.cuda()
-    size = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
-    memory = torch.full((size,), float("nan"), dtype=t.dtype, device="cuda")
-    return memory.as_strided(t.shape, t.stride()).copy_(t)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -92,6 +91,34 @@ def test_task_aligned_values(dtype, options):
         cls, box = (t if channel_dim < 0 else t.transpose(1, 2).contiguous() for t in task[:2])
         s, function = one_level(cls, box, *task[2:], channel_dim=channel_dim, **options)
         check(s.to(lambda t: t.cuda()), function=function)
+
+
+@pytest.mark.parametrize("iou", ["iou", "giou", "diou", "ciou"])
+def test_head_gradcheck(iou):
+    """The quality targets and the weights, which follow from logits, are constants: the boxes'
+    terms are checked in the box logits, the classification in the class logits."""
+    s = scene(batch=1, classes=2, sizes=((2, 2), (1, 2)), strides=(8, 16), reg_max=3,
+              positives=0.6, dtype=torch.float64, iou=iou)  # fmt: skip
+    s = s.to(lambda t: t.cuda())
+    for leaf in (*s.cls, *s.box):
+        leaf.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda *box: gfl_loss(s.cls, box, *s.others, **s.options)[1:3], s.box
+    )
+    assert torch.autograd.gradcheck(
+        lambda *cls: gfl_loss(cls, s.box, *s.others, **s.options).loss_cls_levels, s.cls
+    )
+
+
+@pytest.mark.parametrize("gamma", [2.0, 1.5])
+def test_varifocal_gradcheck(gamma):
+    cls, *others = (
+        tensor.cuda() for tensor in aligned(batch=1, anchors=4, classes=3, dtype=torch.float64)
+    )
+    assert torch.autograd.gradcheck(
+        lambda cls: task_aligned_loss(cls, *others, varifocal=True, gamma=gamma).loss_cls,
+        cls.requires_grad_(),
+    )
 
 
 def test_no_host_synchronisation():

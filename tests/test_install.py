@@ -137,9 +137,10 @@ def source(sdist, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    """CMake's build folder, shared by every build here that compiles."""
-    return tmp_path_factory.mktemp("objects")
+def objects(source):
+    """CMake's build folder, shared by every build here that compiles. It lies as a checkout's does:
+    where ccache has seen the sources, as in CI, paths count for it."""
+    return source / "build" / f"native-{sys.implementation.cache_tag}"
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,7 @@ def native_wheel(source, objects, tmp_path_factory):
         "--no-build-isolation",
         GFL_KERNELS_BUILD="cpu",
         GFL_KERNELS_BUILD_DIR=objects,
+        CCACHE_BASEDIR=source,
     )
     return wheel
 
@@ -329,7 +331,7 @@ def test_cpp_program_uses_the_installed_library(cmake, native, tmp_path):
     )
     run(cmake, "--build", tmp_path, cwd=tmp_path)
     available = python(
-        "from gfl_kernels import *; from gfl_kernels import _C; print(*_C.available_isas())", native
+        "from gfl_kernels.native import available_isas; print(*available_isas())", native
     )
     assert "baseline" in available.split()
     for isa in available.split():
@@ -459,11 +461,13 @@ def test_an_nvcc_that_fails_leaves_the_cpu_library(source, objects, native_wheel
         f'exec {tool("nvcc")} "$@"\n'
     )
     nvcc.chmod(0o755)
-    shutil.copytree(objects, tmp_path / "b")  # what has been compiled for the CPU is good for it
+    # What has been compiled for the CPU is good for it, at the same distance from the sources.
+    copy = shutil.copytree(objects, objects.with_name("native-nvcc-fails"))
     env = {
         "CUDACXX": nvcc,
         "GFL_KERNELS_BUILD": "auto",
-        "GFL_KERNELS_BUILD_DIR": tmp_path / "b",
+        "GFL_KERNELS_BUILD_DIR": copy,
+        "CCACHE_BASEDIR": source,
         "GFL_KERNELS_CUDA_ARCHITECTURES": "90",
     }
     wheel, output = build_wheel(source, tmp_path, "--no-build-isolation", **env)

@@ -12,14 +12,14 @@ ISAS = ("baseline", "avx2", "avx512")
 
 
 def available():
-    from gfl_kernels import _C
+    from gfl_kernels.native import available_isas
 
-    return _C.available_isas()
+    return available_isas()
 
 
 def test_the_choice_is_the_best_available(native):
     done = run_python(
-        "import torch, gfl_kernels._C as c; print(c.cpu_isa(), *c.available_isas())",
+        "import torch, gfl_kernels.native as c; print(c.cpu_isa(), *c.available_isas())",
         GFL_CPU_ISA=None,
     )
     assert done.returncode == 0, done.stderr
@@ -29,19 +29,29 @@ def test_the_choice_is_the_best_available(native):
 
 
 def test_build_info_lists_what_was_compiled_in(native):
-    from gfl_kernels import _C
+    from gfl_kernels.native import build_info
 
-    info = _C.build_info()
+    info = build_info()
     assert isinstance(info, dict) and info
     assert set(available()) <= set(ISAS)
     if platform.machine() in ("x86_64", "AMD64"):
         assert all(isa in str(info) for isa in available())
 
 
+def test_the_pybind11_module_says_the_same(native):
+    from gfl_kernels import native as through_ctypes
+
+    module = pytest.importorskip(
+        "gfl_kernels._C", reason="this installation is from a wheel that serves every Python"
+    )
+    for name in ("build_info", "cpu_isa", "available_isas"):
+        assert getattr(module, name)() == getattr(through_ctypes, name)()
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_forced_isa_is_what_runs(native, isa):
     code = """
-import torch, gfl_kernels, gfl_kernels._C as c
+import torch, gfl_kernels, gfl_kernels.native as c
 print(c.cpu_isa())
 print(gfl_kernels.backends()["cpu"])
 """
@@ -78,11 +88,11 @@ def test_kernels_on_every_isa(native, isa, request):
     """The kernel tests under each instruction set the default choice is not, but for what says the
     same at a greater length: finite differences and large inputs.
     """
-    from gfl_kernels import _C
+    from gfl_kernels.native import cpu_isa
 
     if isa not in available():
         pytest.skip(f"this machine or build has no {isa}")
-    if isa == _C.cpu_isa():
+    if isa == cpu_isa():
         pytest.skip(f"{isa} is what this very run of the suite tests")
     folder = request.path.parent
     tests = [str(folder / name) for name in KERNEL_TESTS]

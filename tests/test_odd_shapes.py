@@ -1,5 +1,5 @@
-"""Odd shapes, strides and dtypes of every kernel, for AddressSanitizer and UBSan: needs torch and
-pytest only.
+"""Odd shapes, strides and dtypes of every kernel, for AddressSanitizer and UBSan and, on a GPU,
+compute-sanitizer: needs torch and pytest only.
 
 Inputs are tight allocations (the last element ends the block) or views into NaN; outputs come from
 memory that was filled with NaN and freed. A read or write one element outside, or an element never
@@ -15,15 +15,16 @@ from support import (
     INTERPRETED,
     LAYOUTS,
     bin_target,
-    check_op,
     combinations,
     dense_target,
     explicit_target,
     lay_out,
     logits,
+    moved,
     row_weight,
     sparse_target,
 )
+from support import check_op as check_op_where_it_lies
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Around every vector width of every dtype, and blocks of rows
@@ -59,13 +60,26 @@ WIDTHS = (
 HEIGHTS = (1, 2, 3, 5, 15, 16, 17, 31, 33, 63, 64, 65)
 
 
+@pytest.fixture(autouse=True)
+def device(backend):
+    """Where this test's tensors are."""
+    global DEVICE
+    DEVICE = backend.device
+
+
+def check_op(op, pred, *args, **kwargs):
+    pred, args, kwargs = (moved(value, DEVICE) for value in (pred, args, kwargs))
+    return check_op_where_it_lies(op, pred, *args, **kwargs)
+
+
 def poison(*shapes_and_dtypes):
     """Leave NaN in the allocator's free blocks of these sizes, so that an output never written is
     not 0 by luck.
     """
     for _ in range(3):
         blocks = [
-            torch.full(shape, float("nan"), dtype=dtype) for shape, dtype in shapes_and_dtypes
+            torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+            for shape, dtype in shapes_and_dtypes
         ]
         del blocks
 
