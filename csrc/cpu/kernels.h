@@ -54,6 +54,9 @@ constexpr int64_t scratch_bytes(const QualityProblem& q) {
 }
 // Four arrays of four vectors per bin.
 constexpr int64_t scratch_bytes(const DistributionProblem& d) { return 4 * (d.bins * 256 + 128); }
+// Four vectors per bin, of as many sides; two, of student and teacher.
+constexpr int64_t scratch_bytes(const DecodeProblem& d) { return d.bins * 256 + 128; }
+constexpr int64_t scratch_bytes(const DistillationProblem& d) { return d.bins * 128 + 128; }
 
 extern const KernelTable kBaseline;
 extern const KernelTable kAvx2;
