@@ -189,7 +189,7 @@ class BuildNative(build_ext):
 
 class Wheel(bdist_wheel):
     def get_tag(self):
-        # The library is loaded through ctypes and knows nothing of Python; _C, if it is there, does.
+        # The library is loaded through ctypes and knows nothing of Python; _C does.
         *python, platform = super().get_tag()
         knows_python = any((Path(self.bdist_dir) / "gfl_kernels").glob("_C.*"))
         return (*python, platform) if knows_python else ("py3", "none", platform)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def decode_boxes(
     if window < 0:
         raise ValueError(f"{name}: window must be >= 0, got {window}")
     scored = cls_logits is not None
-    if scored:
+    if cls_logits is not None:
         _check_channels(name, "cls_logits", cls_logits, channel_dim, "C")
         _check_tensor(name, "cls_logits", cls_logits, pred)
         if (cls_logits.dtype == torch.float64) != (pred.dtype == torch.float64):
@@ -117,7 +117,7 @@ def decode_boxes(
         cls_logits = _last(cls_logits, channel_dim)
     pred = _last(pred, channel_dim)
     rows = pred.shape[:-1]
-    if scored and cls_logits.shape[:-1] != rows:
+    if cls_logits is not None and cls_logits.shape[:-1] != rows:
         expected = (*rows, cls_logits.shape[-1])
         raise _wrong_shape(
             name, "cls_logits", "pred's anchors, channels last", expected, cls_logits
@@ -157,6 +157,7 @@ def decode_boxes(
         size = [float(value) for value in max_shape]
 
     operands = (points, strides, bins, cls_logits, limits)
+    results: Any
     options = (stride, size, window if mode == "peak" else -1, bool(return_uncertainty))
     backend = dispatch.choose(name, pred, pred, *operands)
     if backend == "reference":
@@ -165,16 +166,19 @@ def decode_boxes(
         results = torch.ops.gfl_kernels.decode_boxes(pred.detach(), *operands, *options)
     else:
         results = dispatch.implementation(backend, name)(pred, *operands, *options)
-    boxes, scores, labels, uncertainty = (
-        result.flatten(len(images), len(rows) - 1) if asked else None
-        for result, asked in zip(results, (True, scored, scored, return_uncertainty), strict=True)
-    )
-    if not scored and not return_uncertainty:
+    asked = (scored, scored, return_uncertainty)
+    last = len(rows) - 1
+    boxes = results[0].flatten(len(images), last)
+    if not any(asked):
         return boxes
+    scores, labels, uncertainty = (
+        result.flatten(len(images), last) if wanted else None
+        for result, wanted in zip(results[1:], asked, strict=True)
+    )
     return DecodedBoxes(boxes, scores, labels, uncertainty)
 
 
-def _check_channels(name: str, argument: str, tensor, dim: int, channels: str) -> None:
+def _check_channels(name: str, argument: str, tensor: Any, dim: int, channels: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: {argument} must be a Tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():

@@ -604,7 +604,9 @@ def _quality_focal_loss(
     )
 
 
-def _varifocal_rule(alpha, gamma, iou_weighted, detach_weight, activated):
+def _varifocal_rule(
+    alpha: float, gamma: float, iou_weighted: bool, detach_weight: bool, activated: bool
+) -> tuple[int, int, float, float]:
     _check_not_negative("varifocal_loss", "alpha", alpha)
     _check_not_negative("varifocal_loss", "gamma", gamma)
     flags = (DETACH_WEIGHT if detach_weight else 0) | (0 if iou_weighted else UNIT_POSITIVES)
@@ -612,16 +614,16 @@ def _varifocal_rule(alpha, gamma, iou_weighted, detach_weight, activated):
 
 
 def _sigmoid_focal_loss(
-    inputs,
-    targets,
-    alpha,
-    gamma,
-    reduction,
-    weight,
-    avg_factor,
-    activated,
-    class_dim=-1,
-    loss_weight=1.0,
+    inputs: Tensor,
+    targets: Any,
+    alpha: float,
+    gamma: float,
+    reduction: str,
+    weight: Any,
+    avg_factor: float | Tensor | None,
+    activated: bool,
+    class_dim: int = -1,
+    loss_weight: float = 1.0,
 ) -> Tensor:
     """sigmoid_focal_loss with a loss weight folded in."""
     name = "sigmoid_focal_loss"
@@ -667,18 +669,18 @@ def _sigmoid_focal_loss(
 
 
 def _quality_family(
-    name,
-    pred,
-    target,
-    rule,
-    weight,
-    avg_factor,
-    reduction,
-    class_dim=-1,
-    loss_weight=1.0,
+    name: str,
+    pred: Tensor,
+    target: Any,
+    rule: tuple[int, int, float, float],
+    weight: Any,
+    avg_factor: float | Tensor | None,
+    reduction: str,
+    class_dim: int = -1,
+    loss_weight: float = 1.0,
     *,
-    exponent="beta",
-    elementwise=False,
+    exponent: str = "beta",
+    elementwise: bool = False,
 ) -> Tensor:
     """A loss of the quality family. rule: (form, flags, alpha, beta) as the op takes them;
     exponent: what the caller's users call beta.
@@ -746,7 +748,9 @@ def _quality_family(
     )
 
 
-def _as_elements(pred, target, score, weight, class_dim):
+def _as_elements(
+    pred: Tensor, target: Tensor, score: Tensor | None, weight: Tensor | None, class_dim: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The four with every element a row of one class."""
     if weight is not None and weight.dim() < pred.dim():
         weight = weight.unsqueeze(class_dim).expand(pred.shape)
@@ -815,7 +819,7 @@ def _distribution_focal_loss(
 # Bins
 
 
-def _bin_values(name: str, bins, count: int, pred: Tensor) -> Tensor | None:
+def _bin_values(name: str, bins: Any, count: int, pred: Tensor) -> Tensor | None:
     """The value of each of count bins, in the type that pred is computed in; None for 0, 1, ..."""
     if bins is None:
         return None
@@ -829,7 +833,7 @@ def _bin_values(name: str, bins, count: int, pred: Tensor) -> Tensor | None:
     return bins.to(dtype)
 
 
-def _bin_range(name: str, bins, count: int) -> tuple[float, float, float]:
+def _bin_range(name: str, bins: Any, count: int) -> tuple[float, float, float]:
     """(lower, upper, step) of count evenly spaced bins, both ends among them."""
     if not isinstance(bins, Sequence) or len(bins) != 3:
         raise TypeError(
@@ -847,7 +851,7 @@ def _bin_range(name: str, bins, count: int) -> tuple[float, float, float]:
     return float(lower), float(upper), float(step)
 
 
-def _in_bins(pred, target, bins, bin_dim: int) -> Tensor:
+def _in_bins(pred: Tensor, target: Any, bins: Any, bin_dim: int) -> Tensor:
     """A target in bins' units as a position in bins."""
     name = "distribution_focal_loss"
     _check_pred(name, pred, bin_dim, "K", "bin_dim")
@@ -863,7 +867,7 @@ def _in_bins(pred, target, bins, bin_dim: int) -> Tensor:
 # Layout and reduction
 
 
-def _summary(which: str, backend: str, *inputs) -> Tensor:
+def _summary(which: str, backend: str, *inputs: Any) -> Tensor:
     """The op ``{which}_forward`` of a backend, or the op itself where torch.compile records one."""
     if torch.compiler.is_compiling():
         return getattr(torch.ops.gfl_kernels, f"{which}_forward")(*inputs)

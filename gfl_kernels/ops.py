@@ -181,9 +181,9 @@ def _fake_decode_boxes(pred: Tensor, *args) -> tuple[Tensor, ...]:
     cls, write_deviation = args[3], args[-1]
     rows, dtype = pred.shape[:-1], accumulate_dtype(pred.dtype)
     boxes = pred.new_empty((*rows, 4), dtype=dtype)
-    rows = (0,) if cls is None else rows
-    score = pred.new_empty(rows, dtype=dtype)
-    label = pred.new_empty(rows, dtype=torch.int64)
+    scored = (0,) if cls is None else rows
+    score = pred.new_empty(scored, dtype=dtype)
+    label = pred.new_empty(scored, dtype=torch.int64)
     return boxes, score, label, torch.empty_like(boxes) if write_deviation else boxes.new_empty(0)
 
 

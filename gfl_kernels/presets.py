@@ -70,11 +70,11 @@ class Preset:
     floor: float | None = 1.0
     divisor_eps: float = 0.0
 
-    def classification(self, pred: Tensor, target, **arguments) -> Tensor:
+    def classification(self, pred: Tensor, target: Any, **arguments: Any) -> Tensor:
         """The host's classification loss; arguments: weight, avg_factor, reduction, class_dim."""
         return getattr(gfl_kernels, self.loss)(pred, target, **{**self.options, **arguments})
 
-    def distribution(self, pred: Tensor, target, **arguments) -> Tensor:
+    def distribution(self, pred: Tensor, target: Any, **arguments: Any) -> Tensor:
         """The host's loss of box sides [..., 4, K] against targets [..., 4] in bins from the first
         on; one value a box [...] for "none" where the host takes the mean of a box's sides, else
         one a side. Arguments as :func:`gfl_kernels.distribution_focal_loss`."""
@@ -106,7 +106,7 @@ class Preset:
         return total + self.divisor_eps
 
 
-def _preset(options: dict[str, Any] | None = None, **fields) -> Preset:
+def _preset(options: dict[str, Any] | None = None, **fields: Any) -> Preset:
     return Preset(options=MappingProxyType(options or {}), **fields)
 
 

@@ -73,7 +73,7 @@ def plan(report: Report) -> None:
 
 
 def _subclasses(kind: type) -> list[type]:
-    found = []
+    found: list[type] = []
     for child in kind.__subclasses__():
         found += [child, *_subclasses(child)]
     return found
