@@ -33,10 +33,7 @@ from bench.measure import peak_of
 from bench.train_digits import CONTROL_THREADS, THREADS, Size, milliseconds, progress_bar, train
 from gfl_kernels.adapters import accelerate
 
-FULL = {
-    "mmdet": Size(steps=200, batch_size=16, scenes=800, held_out=200),
-    "ultralytics": Size(steps=200, batch_size=8, scenes=400, held_out=100),
-}
+FULL = Size(steps=200, batch_size=8, scenes=400, held_out=100)
 QUICK = Size(steps=12, batch_size=4, scenes=24, held_out=8)
 FIRST_STEPS, FIRST_LIMIT = 20, 1e-4
 
@@ -56,7 +53,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    size = QUICK if options.quick else FULL[options.host]
+    size = QUICK if options.quick else FULL
     console = Console()
     began = time.perf_counter()
     torch.set_num_threads(THREADS)

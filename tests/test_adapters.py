@@ -330,6 +330,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_two_processes(mmdet, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
@@ -337,6 +338,7 @@ def test_two_processes(mmdet, tmp_path):
     assert done.returncode == 0 and done.stdout.strip().endswith("same"), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_compiled(mmdet):
     """A head under torch.compile, from its features to the losses of given targets."""
     model, batch = MmdetModel(), mmdet_batch()

@@ -209,6 +209,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_two_processes(ultralytics, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)

@@ -15,6 +15,7 @@ from bench.train_digits import Size  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["mmdet", "ultralytics"])
 def test_a_short_demo_from_end_to_end(host, request, tmp_path, monkeypatch):
     request.getfixturevalue(host)

@@ -105,7 +105,7 @@ class Training:
     curve: list[float] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     clocked = "loss objects"
-    learning_rate = LEARNING_RATE
+    learning_rate, epsilon = LEARNING_RATE, EPSILON
 
     def build(self) -> nn.Module:
         """The model; its initial weights follow from the seed, which has been set."""
@@ -129,7 +129,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
             lr=self.learning_rate,
-            eps=EPSILON,
+            eps=self.epsilon,
             weight_decay=WEIGHT_DECAY,
         )
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(

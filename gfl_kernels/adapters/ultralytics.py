@@ -161,15 +161,18 @@ def detection_loss(original, self, preds, batch, **assign_kwargs):
         assigned, loss, items = original(assignment, preds, batch, **assign_kwargs)
     if assignment.targets is None:  # older 8.4 have no box loss where there is no foreground
         return original(self, preds, batch, **assign_kwargs)
+    # The host multiplies its losses by the batch. With that in the weights the upstream gradient of
+    # ours is 1, and the gradient that forward has left (on a CPU) is used as it is.
+    batch_size = preds["scores"].shape[0]
     out = head.task_aligned_loss(
         preds["scores"],
         preds["boxes"],
         *assignment.targets,
         channel_dim=1,
-        loss_weights=(self.hyp.cls, self.hyp.box, self.hyp.dfl),
+        loss_weights=[gain * batch_size for gain in (self.hyp.cls, self.hyp.box, self.hyp.dfl)],
         avg_factor=assignment.divisor,
     )
-    loss = torch.stack([out.loss_bbox, out.loss_cls, out.loss_dfl]).to(loss.dtype)
+    loss = torch.stack([out.loss_bbox, out.loss_cls, out.loss_dfl]).to(loss.dtype) / batch_size
     logged = loss.detach()
     if isinstance(items, dict):
         logged = dict(zip(items, logged, strict=True))
