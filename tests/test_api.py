@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("gfl_kernels",)  # with an __all__ each
+MODULES = ("gfl_kernels", "gfl_kernels.adapters", "gfl_kernels.presets")  # with an __all__ each
 
 
 def public():

@@ -293,5 +293,5 @@ def fused(function: Callable, original: Callable) -> Callable:
             return original(*args, **kwargs)
         return function(original, *args, **kwargs)
 
-    run._gfl_kernels_original = original  # type: ignore[attr-defined]
+    run._gfl_kernels_original = original
     return run

@@ -74,6 +74,7 @@ def plan(report: Report) -> None:
 
 def _subclasses(kind: type) -> list[type]:
     found: list[type] = []
+    child: type
     for child in kind.__subclasses__():
         found += [child, *_subclasses(child)]
     return found
