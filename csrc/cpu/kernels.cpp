@@ -576,14 +576,16 @@ class Distribution {
     Group groups[kGroups];
     for (int g = 0, step; g < active; g += step) {
       step = kGroups * kN;
-      if (flat_ && active == n && g % kFlatRows == 0) {
-        const int rows = smaller(kFlatRows, (n - g) / kN * kN);
-        if (rows > 0 && exponentials(r + g, rows)) {
-          total = total + flat(r, g, rows);
-          step = rows;
-          continue;
+      if constexpr (kFlat) {
+        if (flat_ && active == n && g % kFlatRows == 0) {
+          const int rows = smaller(kFlatRows, (n - g) / kN * kN);
+          if (rows > 0 && exponentials(r + g, rows)) {
+            total = total + flat(r, g, rows);
+            step = rows;
+            continue;
+          }
+          flat_ = rows == 0;  // large logits have company: no more attempts in these rows
         }
-        flat_ = rows == 0;  // large logits have company: no more attempts in these rows
       }
       GFL_EACH_GROUP groups[u] = make_group(g, g + u * kN, active, active < n);
       if (p_.kind == kTargetLoss) {
