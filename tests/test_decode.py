@@ -15,7 +15,6 @@ from support import (
     lay_out,
     logits,
 )
-from test_mmdet_parity import mmdet  # noqa: F401
 
 import gfl_kernels
 from gfl_kernels import DecodedBoxes, decode_boxes, use_backend

@@ -22,7 +22,6 @@ from support import (
     random_upstream,
     row_weight,
 )
-from test_mmdet_parity import mmdet  # noqa: F401
 
 from gfl_kernels import (
     bin_weights,
