@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     torch.set_num_threads(THREADS)
     plan = make_plan(size, options.seed)
-    run = Run("gfl_kernels", plan, OUR_LOSSES, THREADS)
+    run = Run("gfl_kernels", plan, THREADS, loss_objects=OUR_LOSSES)
     with progress_bar(console) as progress:
         task = progress.add_task("training", total=plan.steps, losses="")
         for scene_numbers in plan.order():

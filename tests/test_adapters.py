@@ -71,16 +71,17 @@ def test_blocks_nest(mmdet):
     assert_same_objects(before, attributes("mmdet"))
 
 
-def test_what_somebody_else_replaced_stays(mmdet, monkeypatch):
+def test_what_somebody_else_replaced_stays(mmdet):
     from mmdet.models.losses import gfocal_loss
 
     original = gfocal_loss.quality_focal_loss
     accelerate("mmdet")
-    theirs = lambda *args: None  # noqa: E731
-    monkeypatch.setattr(gfocal_loss, "quality_focal_loss", theirs)
-    assert LOSSES + "quality_focal_loss" not in restore("mmdet")
-    assert gfocal_loss.quality_focal_loss is theirs
-    monkeypatch.setattr(gfocal_loss, "quality_focal_loss", original)
+    try:
+        gfocal_loss.quality_focal_loss = theirs = lambda *args: None
+        assert LOSSES + "quality_focal_loss" not in restore("mmdet")
+        assert gfocal_loss.quality_focal_loss is theirs
+    finally:
+        gfocal_loss.quality_focal_loss = original
 
 
 def test_the_report_names_what_was_left(mmdet):

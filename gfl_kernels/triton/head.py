@@ -1047,7 +1047,8 @@ def _launch_cls(
         beta == 2,
         bool(targets),
         grad is not None,
-        False,
+        probabilities=False,
+        shifted=False,
     )
     laid = lay_out_levels(shape.rows, tuple(matrices), wide)
     partials, counter = None, None
