@@ -184,7 +184,7 @@ def test_statistics_bins(compiled, bins, topk):
     check_op("statistics", x, topk=topk)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_moments(compiled, dtype):
     x = logits(131, 17, dtype=dtype)
     x[3, 1:] = -float("inf")
