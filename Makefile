@@ -155,7 +155,7 @@ format: $(VENV)/.requirements ## Rewrite the sources in the project's format
 WHEEL_BUILD = $(if $(shell command -v nvcc),cuda,cpu)
 wheel: $(VENV)/.package ## A wheel with the native library in dist/, for every Python and every torch from 2.10 on
 	rm -rf build/wheel dist/gfl_kernels-*.whl
-	GFL_KERNELS_BUILD=$(WHEEL_BUILD) GFL_KERNELS_CMAKE_ARGS="$$GFL_KERNELS_CMAKE_ARGS -DGFL_PYTHON_MODULE=OFF" \
+	GFL_KERNELS_BUILD=$(WHEEL_BUILD) GFL_KERNELS_CMAKE_ARGS="$${GFL_KERNELS_CMAKE_ARGS:-} -DGFL_PYTHON_MODULE=OFF" \
 	  $(PY) -m build --wheel --no-isolation --outdir build/wheel
 	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel -q repair --exclude 'libtorch*' -w dist build/wheel/*.whl
 	$(PY) -m zipfile -e dist/gfl_kernels-*.whl build/wheel/unpacked
