@@ -157,7 +157,7 @@ wheel: $(VENV)/.package ## A wheel with the native library in dist/, for every P
 	rm -rf build/wheel dist/gfl_kernels-*.whl
 	GFL_KERNELS_BUILD=$(WHEEL_BUILD) GFL_KERNELS_CMAKE_ARGS="$${GFL_KERNELS_CMAKE_ARGS:-} -DGFL_PYTHON_MODULE=OFF" \
 	  $(PY) -m build --wheel --no-isolation --outdir build/wheel
-	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel -q repair --exclude 'libtorch*' -w dist build/wheel/*.whl
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude 'libtorch*' -w dist build/wheel/*.whl
 	$(PY) -m zipfile -e dist/gfl_kernels-*.whl build/wheel/unpacked
 	$(BIN)/torch-abi-audit --check torch build/wheel/unpacked/gfl_kernels/lib/libgfl_native.so | tee build/wheel/abi.txt
 	grep -q 'Min torch: *2.10.0$$' build/wheel/abi.txt
