@@ -194,6 +194,14 @@ def terms(case: Case, inputs: Inputs) -> Tensor:
     return (size.double() / divisor).unsqueeze(1)
 
 
+def result_terms(case: Case, result: Tensor) -> Tensor:
+    """Size of the terms of a result: a box's coordinate is a difference of two within the image."""
+    size = result.abs()
+    if case.op == "decode":
+        size[:, :4] = size[:, :4].clamp(min=max(IMAGE))
+    return size
+
+
 def _divisor(case: Case, inputs: Inputs) -> float:
     return inputs.avg_factor + reference.EPS if inputs.avg_factor is not None else case.rows
 

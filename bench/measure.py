@@ -51,7 +51,10 @@ class Gate:
         eager = field_of.contestants(self.case, self.inputs, compiled=False)[EAGER]
         self.allowed = []
         dtype = self.case.dtype
-        terms = (self.truth[0].abs(), field_of.terms(self.case, self.inputs))
+        terms = (
+            field_of.result_terms(self.case, self.truth[0]),
+            field_of.terms(self.case, self.inputs),
+        )
         found = self._run(EAGER, eager)
         for what, got, true, size in zip(WHAT, found, self.truth, terms, strict=True):
             error = got.double() - true
