@@ -24,8 +24,8 @@ from .launch import (
     in_matrix,
     lay_out,
     layout,
+    loss_ops,
     on_device,
-    outputs,
     packed,
     scale_factor,
     stride_names,
@@ -230,18 +230,4 @@ def _launch(
         )
 
 
-def distillation_forward(pred: Tensor, *args) -> tuple[Tensor, Tensor]:
-    """gfl_kernels::distillation_forward: (loss, gradient for an upstream gradient of 1)."""
-    *inputs, reduction, write_grad = args
-    loss, grad = outputs(pred, reduction, write_grad)
-    if pred.numel():
-        _launch(pred, *inputs, reduction, loss=loss, grad=grad if write_grad else None)
-    return loss, grad
-
-
-def distillation_backward(upstream: Tensor, pred: Tensor, *args) -> Tensor:
-    """gfl_kernels::distillation_backward: pred's gradient."""
-    grad = torch.empty_like(pred)
-    if pred.numel():
-        _launch(pred, *args, upstream=upstream, grad=grad)
-    return grad
+distillation_forward, distillation_backward = loss_ops(_launch)

@@ -27,6 +27,7 @@ from .launch import (
     i64,
     lay_out,
     layout,
+    loss_ops,
     matrix_offsets,
     on_device,
     outputs,
@@ -726,21 +727,7 @@ def _launch(
         )
 
 
-def distribution_forward(pred: Tensor, *args) -> tuple[Tensor, Tensor]:
-    """gfl_kernels::distribution_forward: (loss, gradient for an upstream gradient of 1)."""
-    *inputs, reduction, write_grad = args
-    loss, grad = outputs(pred, reduction, write_grad)
-    if pred.numel():
-        _launch(pred, *inputs, reduction, loss=loss, grad=grad if write_grad else None)
-    return loss, grad
-
-
-def distribution_backward(upstream: Tensor, pred: Tensor, *args) -> Tensor:
-    """gfl_kernels::distribution_backward: pred's gradient."""
-    grad = torch.empty_like(pred)
-    if pred.numel():
-        _launch(pred, *args, upstream=upstream, grad=grad)
-    return grad
+distribution_forward, distribution_backward = loss_ops(_launch)
 
 
 _NO_TARGET = (None, None, None, None, None, 1.0, NONE)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -372,6 +373,26 @@ def outputs(pred: Tensor, reduction: int, write_grad: bool) -> tuple[Tensor, Ten
     make = torch.empty if pred.numel() else torch.zeros
     loss = make(shape, dtype=accumulate_dtype(pred.dtype), device=pred.device)
     return loss, torch.empty_like(pred) if write_grad else pred.new_empty(0)
+
+
+def loss_ops(launch: Callable[..., None]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The forward and the backward op of a loss, whose rows launch(pred, ..., reduction, upstream=,
+    loss=, grad=) computes. Forward: (loss, gradient for an upstream gradient of 1 or empty)."""
+
+    def forward(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        *inputs, reduction, write_grad = args
+        loss, grad = outputs(pred, reduction, write_grad)
+        if pred.numel():
+            launch(pred, *inputs, reduction, loss=loss, grad=grad if write_grad else None)
+        return loss, grad
+
+    def backward(upstream: Tensor, pred: Tensor, *args: Any) -> Tensor:
+        grad = torch.empty_like(pred)
+        if pred.numel():
+            launch(pred, *args, upstream=upstream, grad=grad)
+        return grad
+
+    return forward, backward
 
 
 def packed(*tensors: Tensor | None) -> list[Tensor | None]:

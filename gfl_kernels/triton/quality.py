@@ -41,9 +41,9 @@ from .launch import (
     lay_out,
     layout,
     load_elements,
+    loss_ops,
     matrix_offsets,
     on_device,
-    outputs,
     packed,
     row_values,
     scale_factor,
@@ -601,18 +601,4 @@ def _launch(
         )
 
 
-def quality_forward(pred: Tensor, *args) -> tuple[Tensor, Tensor]:
-    """gfl_kernels::quality_forward: (loss, gradient for an upstream gradient of 1 or empty)."""
-    *inputs, reduction, write_grad = args
-    loss, grad = outputs(pred, reduction, write_grad)
-    if pred.numel():
-        _launch(pred, *inputs, reduction, loss=loss, grad=grad if write_grad else None)
-    return loss, grad
-
-
-def quality_backward(upstream: Tensor, pred: Tensor, *args) -> Tensor:
-    """gfl_kernels::quality_backward: pred's gradient."""
-    grad = torch.empty_like(pred)
-    if pred.numel():
-        _launch(pred, *args, upstream=upstream, grad=grad)
-    return grad
+quality_forward, quality_backward = loss_ops(_launch)
