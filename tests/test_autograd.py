@@ -655,10 +655,10 @@ def test_create_graph_without_a_second_backward_works(backend, name):
 
 
 # Of a loss with a detached factor finite differences see what autograd is told not to.
-DETACHED = ("matchability", "ia_bce")
+HELD_FACTOR = ("matchability", "ia_bce")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(DETACHED)])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(HELD_FACTOR)])
 def test_double_backward_on_the_reference(name):
     with gfl_kernels.use_backend("reference"):
         function = calls(rows=3, classes=5)[name]
