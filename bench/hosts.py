@@ -132,7 +132,7 @@ def ultralytics(size: int = 640, batch: int = 16, objects: int = 20) -> Host:
 
 def _both(part) -> dict:
     """The host's part and a copy of it on gfl_kernels."""
-    ours = copy.copy(part)
+    ours = copy.deepcopy(part)  # a shallow copy shares the parts that accelerate changes
     if isinstance(part, torch.nn.Module):
         accelerate(ours)
     else:  # what a model has as its criterion
