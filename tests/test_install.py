@@ -177,7 +177,7 @@ def test_sdist_holds_the_sources_and_nothing_built(sdist):
         "LICENSE",
         "README.md",
         "cmake/gfl_kernelsConfig.cmake.in",
-        "csrc/cpu/kernels.cpp",
+        "csrc/cpu/quality.cpp",
         "csrc/include/gfl_kernels/gfl_kernels.h",
         "csrc/math.h",
         "gfl_kernels/__init__.py",
@@ -278,7 +278,7 @@ def test_exports_the_c_functions_and_nothing_else(library):
 
 def test_kernels_of_each_isa_share_no_code(source, objects, native_wheel):
     for isa in ISAS:
-        assert list(objects.glob(f"CMakeFiles/gfl_cpu_{isa}.dir/**/kernels.cpp.o"))
+        assert list(objects.glob(f"CMakeFiles/gfl_cpu_{isa}.dir/**/quality.cpp.o"))
     run(tool("cmake"), "--build", objects, "--target", "check_isa_symbols", cwd=source)
 
 
