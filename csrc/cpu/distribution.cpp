@@ -373,8 +373,9 @@ class Distribution {
   // Rows without gaps: see flat.h.
   static constexpr int kFlatRows = 64;
 
+  // Not inlined, which keeps the registers of all numbers of bins apart.
   template <int K>
-  V flat_loss(Bins<K> bins, int64_t r, int first, int n) {
+  __attribute__((noinline)) V flat_loss(Bins<K> bins, int64_t r, int first, int n) {
     A left_e[kFlatRows], right_e[kFlatRows];
     int at[kFlatRows];
     for (int i = first; i < first + n; i += kN) {
@@ -431,7 +432,7 @@ class Distribution {
   }
 
   template <int K>
-  V flat_integral(Bins<K> bins, int64_t r, int first, int n) {
+  __attribute__((noinline)) V flat_integral(Bins<K> bins, int64_t r, int first, int n) {
     A factor[kFlatRows];
     for (int g = 0; g < n; g += kN) {
       const A* const e = e_ + g * bins;

@@ -71,14 +71,15 @@ __attribute__((always_inline)) inline auto with_bins(int64_t bins, const F& f) {
 template <typename V, int K, typename F>
 __attribute__((always_inline)) inline V flat_sums(Bins<K> bins, const F& f) {
   constexpr int lanes = kLanes<scalar_t<V>>;
+  const int64_t n = bins;  // GCC unrolls no loop whose end is a conversion
   V part[lanes];
 #pragma GCC unroll 16
   for (int i = 0; i < lanes; ++i) {
     part[i] = f(i, 0);
     int64_t k = lanes;
 #pragma GCC unroll 16
-    for (; k + lanes <= bins; k += lanes) part[i] = part[i] + f(i, k);
-    if (k < bins) part[i] = part[i] + first_lanes(f(i, k), static_cast<int>(bins - k));
+    for (; k + lanes <= n; k += lanes) part[i] = part[i] + f(i, k);
+    if (k < n) part[i] = part[i] + first_lanes(f(i, k), static_cast<int>(n - k));
   }
   return sum_each(part);
 }
