@@ -48,7 +48,7 @@ test: $(VENV)/.package ## All tests (PYTEST_ARGS, JOBS)
 
 # Other versions of Triton stand before the one of .venv on the path. A part of each file that stands for it.
 TRITON_VERSIONS := 3.6.0 3.9.0
-TRITON_COMPILED := (test_quality_sparse and nearest-True and not dtype2) or (layouts and nearest-nchw) or \
+TRITON_COMPILED := (test_quality_sparse and nearest-True and not dtype2) or (quality_layouts and nchw) or \
   (test_distribution and nearest-17-dtype0) or (integral and nearest-dtype0) or launches or one_compilation
 TRITON_INTERPRETED := triton and ((test_layouts and dtype1 and (contiguous or negative)) or sparse_and_dense or \
   fine_grid and 1.5-dtype0 or fine_grid and 2.0-dtype1 or triton-9 or triton-31 or triton-100)
