@@ -118,6 +118,14 @@ COLOURS = {
     "qfl sparse NCHW": "#1b3a57",
     "dfl": "#c44e52",
     "integral": "#cf7f24",
+    "vfl": "#5b8def",
+    "focal": "#9b59b6",
+    "mal": "#16656b",
+    "peak": "#e0a45c",
+    "statistics": "#d98880",
+    "moments": "#a04000",
+    "ld": "#7f8c2d",
+    "decode": "#444444",
     "head NCHW": "#3f7f3f",
     "head channels_last": "#8fbf5f",
 }
@@ -159,6 +167,8 @@ def draw(path: Path, document: dict) -> Path:
 
 
 def _kind(row: Row) -> str:
+    if row["op"] in COLOURS:  # one for all its forms
+        return row["op"]
     layout = row["layout"] if row["layout"] != "rows" else ""
     return " ".join(filter(None, (row["op"], row["form"], layout)))
 

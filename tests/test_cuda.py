@@ -44,6 +44,7 @@ from compiled_cases import (  # noqa: F401
     test_summaries_move_what_they_must,
 )
 from support import (
+    FAMILY,
     FLOATS,
     INTERPRETED,
     LAYOUTS,
@@ -127,6 +128,31 @@ def test_quality_of_probabilities_in_vectors(compiled, dtype, layout):
         check_op("quality", laid.pred, sparse_target(laid.row_shape, classes), **options)
         check_op("quality", laid.pred, dense, reduction="none", **options)
     assert not [name for name in kernels_of(compiled) if "general" in name]
+
+
+LOGIT_FORMS = [name for name, (_, kwargs) in FAMILY.items() if "activated" not in kwargs]
+
+
+@pytest.mark.parametrize("name", LOGIT_FORMS)
+def test_family_in_vectors(compiled, name):
+    """Rows with whole vectors and with ends, planes with vectors of rows and without; of each form
+    a dtype."""
+    op, kwargs = FAMILY[name]
+    dtype = FLOATS[LOGIT_FORMS.index(name) % 3]
+    for layout, size, dense in (
+        ("contiguous", (2, 8, 24), True),
+        ("misaligned", (3, 5, 43), False),
+        ("nchw", (4, 16, 5), False),
+        ("nchw", (3, 5, 5), True),
+    ):
+        laid = lay_out(layout, logits(1, *size, dtype=dtype))
+        target = sparse_target(laid.row_shape, size[-1])
+        if dense:
+            target = dense_target(laid.row_shape, size[-1]).movedim(-1, laid.dim).contiguous()
+        options = {"class_dim": laid.dim, "reduction": "mean", "avg_factor": 5.0} | kwargs
+        weight = row_weight(laid.row_shape)
+        check_op(op, laid.pred, target, weight=weight, grad_scale=20.0, what=layout, **options)
+    assert not [kernel for kernel in kernels_of(compiled) if "general" in kernel]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -318,6 +344,7 @@ def test_registers(dtype):
     """64 of them and nothing spilled in what a training step runs: forward and backward."""
     names = [f"quality_kernel<{dtype}, {variant}>" for variant in (1, 2, 3, 5, 6, 7, 9, 10)]
     names += [f"quality_kernel<{dtype}, {16 + variant}>" for variant in (1, 2, 5, 6, 9, 10)]
+    names += [f"quality_kernel<{dtype}, {32 + variant}>" for variant in (2, 6, 10)]
     names += [f"distribution_kernel<{dtype}, {bins}>" for bins in (0, 1, 8, 16, 17, 33)]
     for name in names:
         try:
