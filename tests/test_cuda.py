@@ -199,6 +199,15 @@ def test_tiles_of_many_bins(compiled, dtype):
     assert not [name for name in kernels_of(compiled) if "general" in name]
 
 
+@pytest.mark.parametrize("bins", [2, 33, 160, 161])
+def test_distillation_bins(bins):
+    """In the registers of one thread or of a warp, and more than these have."""
+    student, teacher = (logits(11, bins, seed=seed) for seed in (0, 7))
+    with SimulatedCuda(approx="worst"):
+        options = {"scale": 100.0, "grad_scale": 20.0, "reduction": "none"}
+        check_op("distillation", student, teacher, bin_reduction="sum", **options)
+
+
 @pytest.mark.parametrize("bins", [8, 17, 64])
 def test_distribution_planes(compiled, bins):
     for height, width in ((8, 36), (5, 7)):

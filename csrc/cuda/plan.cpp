@@ -198,8 +198,8 @@ void plan_quality(const QualityProblem& q, bool sum, QualityShape* s, Launch* la
     set_grid(launch, ceil_div(s->rows.count, kQualityThreads >> s->lane_bits), kQualityThreads);
     return;
   }
-  const int variant = (has_loss ? kLoss : 0) | (q.grad.data ? kGrad : 0) | (dense ? kDense : 0) |
-                      layout | kind;
+  const int variant =
+      (has_loss ? kLoss : 0) | (q.grad.data ? kGrad : 0) | (dense ? kDense : 0) | layout | kind;
   set_kernel(launch, kQualityKernel, q.pred.dtype, variant);
   s->target_is_float = q.target.dtype == GFL_FLOAT32 && q.pred.dtype != GFL_FLOAT32;
   if (layout == kPlanes) {
@@ -688,9 +688,17 @@ void plan(const char* name, const gfl_distillation_args& args, double* workspace
   s.upstream = steps_of(d.grad_loss, d.ndim);
   s.loss = steps_of(d.loss, d.ndim);
   s.grad = steps_of(d.grad, d.ndim);
-  s.lane_bits = d.pred.column == 1 ? std::max(3, lane_bits_for(d.bins)) : 0;
+  s.simple = simple(s.rows, {&s.pred, &s.teacher, &s.weight, &s.upstream, &s.loss, &s.grad});
+  const bool neighbours =
+      d.pred.column == 1 && d.teacher.column == 1 && (!d.grad.data || d.grad.column == 1);
+  const bool held = neighbours && d.pred.dtype != GFL_FLOAT64 && d.bins <= 32 * kHeldBins;
+  if (held) {
+    while (kHeldBins << s.lane_bits < d.bins) ++s.lane_bits;
+  } else if (d.pred.column == 1) {
+    s.lane_bits = std::max(3, lane_bits_for(d.bins));
+  }
   Launch* const launch = &plan->launches[plan->count++];
-  set_kernel(launch, kDistillationKernel, d.pred.dtype);
+  set_kernel(launch, kDistillationKernel, d.pred.dtype, held ? kHeldBins : 0);
   set_grid(launch, ceil_div(s.rows.count, kDistributionThreads >> s.lane_bits),
            kDistributionThreads);
   for (const Operand* operand : {&d.pred, &d.teacher, &d.weight, &d.grad_loss}) {

@@ -1,7 +1,7 @@
-// Quality Focal Loss with beta = 2, on logits or probabilities, and the rest of its family on logits.
-// Two layouts: rows, whose classes are neighbours, with `lanes` threads to a row; and planes (NCHW),
-// where neighbouring rows are, with a warp to 32 vectors of rows and the classes dealt out to the
-// warps of a block. A thread computes the 16 bytes that it has loaded.
+// Quality Focal Loss with beta = 2, on logits or probabilities, and the rest of its family on
+// logits. Two layouts: rows, whose classes are neighbours, with `lanes` threads to a row; and
+// planes (NCHW), where neighbouring rows are, with a warp to 32 vectors of rows and the classes
+// dealt out to the warps of a block. A thread computes the 16 bytes that it has loaded.
 #define GFL_APPROXIMATE
 #include "common.h"
 #include "kernels.h"
@@ -53,12 +53,12 @@ struct Formula {
       if (s.gamma == 2) {  // asked once for all
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-          result[i] = background_loss_grad(x[i], s.background_alpha, 2.0f, s.detach);
+          result[i] = background_loss_grad<kHalf>(x[i], s.background_alpha, 2.0f, s.detach);
         }
       } else {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-          result[i] = background_loss_grad(x[i], s.background_alpha, s.gamma, s.detach);
+          result[i] = background_loss_grad<kHalf>(x[i], s.background_alpha, s.gamma, s.detach);
         }
       }
     } else {

@@ -108,6 +108,9 @@ struct DistributionShape {
   uint32_t bins_magic;
 };
 
+// So many bins each thread of a row has in registers, or 0.
+constexpr int kHeldBins = 5;
+
 struct DistillationShape {
   RowShape rows;
   Steps pred, teacher, weight, upstream, loss, grad;
@@ -115,6 +118,7 @@ struct DistillationShape {
   double inverse_temperature;
   int64_t bins;
   int32_t lane_bits;  // 2^lane_bits threads share a row
+  bool simple;        // a row is found in 32 bits
 };
 
 // Decoding.
