@@ -59,7 +59,7 @@ def print_rows(console: Console, rows: list[Row]):
         "and stores. SASS a logit: executed warp instructions x 32 / logits. 16 B: share of the "
         "bytes of logits and gradient moved 16 at a time. DRAM: bytes / inputs and outputs once. "
         "sectors: of 32 bytes, a load/store request of a warp. These three: sm_90. us: the lower "
-        "bound that the counts give, and the term that binds.\n",
+        "bound that the counts give, the term that binds, and the bound / its DRAM term.\n",
         style="dim",
     )
 
@@ -69,7 +69,9 @@ def _slashed(rows: list[Row], column: str, form: str = "d") -> str:
 
 
 def _bound(row: Row | None) -> str:
-    return "" if row is None else f"{row['bound_us']:.2f} {row['bound_by']:<5}"
+    if row is None:
+        return ""
+    return f"{row['bound_us']:.2f} {row['bound_by']:<5} {row['over_dram']:.2f}"
 
 
 def print_launches(console: Console, rows: list[Row]):
