@@ -21,7 +21,7 @@ NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt gfl_kernels/_version.py
   $(wildcard cmake/*) $(wildcard python/*) $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc python tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help venv demo demo-mmdet demo-ultralytics gallery test test-triton test-asan check-isa test-gpu sanitize-gpu \
+.PHONY: help venv demo demo-mmdet demo-ultralytics gallery test test-triton test-asan asan-objects check-isa test-gpu sanitize-gpu \
   bench bench-quick bench-gpu compare-gpu roofline report docs api lint format wheel test-wheel sdist ci clean
 
 help: ## This list
@@ -48,7 +48,7 @@ test: $(VENV)/.package ## All tests (PYTEST_ARGS, JOBS)
 
 # Other versions of Triton stand before the one of .venv on the path. A part of each file that stands for it.
 TRITON_VERSIONS := 3.6.0 3.9.0
-TRITON_COMPILED := (test_quality_sparse and nearest-True and not dtype2) or (layouts and nearest-nchw) or \
+TRITON_COMPILED := (test_quality_sparse and nearest-True and not dtype2) or (quality_layouts and nchw) or \
   (test_distribution and nearest-17-dtype0) or (integral and nearest-dtype0) or launches or one_compilation
 TRITON_INTERPRETED := triton and ((test_layouts and dtype1 and (contiguous or negative)) or sparse_and_dense or \
   fine_grid and 1.5-dtype0 or fine_grid and 2.0-dtype1 or triton-9 or triton-31 or triton-100)
@@ -122,11 +122,14 @@ test-asan: build/asan/.built ## The CPU kernels on odd shapes under AddressSanit
 	  -n $(JOBS) --capture=sys -k 'not reference and not processes and not compile and not export' \
 	  $(CURDIR)/tests/test_odd_shapes.py $(CURDIR)/tests/test_head.py $(PYTEST_ARGS)
 
+ASAN_BUILD := CXX=g++ GFL_KERNELS_BUILD=cpu GFL_KERNELS_BUILD_DIR=build/asan/native \
+  GFL_KERNELS_CMAKE_ARGS=-DGFL_SANITIZE=address,undefined
+asan-objects: $(VENV)/.package
+	$(ASAN_BUILD) $(PY) setup.py -q build_ext --build-lib build/asan/lib
+
 build/asan/.built: $(VENV)/.package $(wildcard gfl_kernels/*.py)
 	rm -rf build/asan/site
-	CXX=g++ GFL_KERNELS_BUILD=cpu GFL_KERNELS_BUILD_DIR=build/asan/native \
-	GFL_KERNELS_CMAKE_ARGS=-DGFL_SANITIZE=address,undefined \
-	$(PIP) install -q --no-deps --no-build-isolation --target build/asan/site .
+	$(ASAN_BUILD) $(PIP) install -q --no-deps --no-build-isolation --target build/asan/site .
 	touch $@
 
 check-isa: $(VENV)/.package ## No code of one instruction set may be shared with the others

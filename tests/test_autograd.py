@@ -12,6 +12,7 @@ import torch._subclasses.fake_tensor
 import torch.utils.checkpoint
 from support import (
     INTERPRETED,
+    Backend,
     assert_no_worse,
     bin_target,
     check_op,
@@ -212,7 +213,17 @@ def value_and_grad(function, pred, upstream=None):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_compile_fullgraph(backend, name):
+def test_compile_fullgraph(fused, name):
+    compile_fullgraph(fused, name)
+
+
+@pytest.mark.parametrize("name", ["quality_sparse_mean", "distribution_mean", "integral"])
+def test_compile_fullgraph_of_the_reference(name):
+    with gfl_kernels.use_backend("reference"):
+        compile_fullgraph(Backend("reference", "cpu"), name)
+
+
+def compile_fullgraph(backend, name):
     function = calls(device=backend.device)[name]
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -834,12 +845,12 @@ def test_bit_identical_repetition(backend, name, dtype):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "quality_probability"])
 def test_bit_identical_across_thread_counts(fused, name, threads):
     """The reduction is split by rows, not by threads: the same bits whatever the machine."""
-    rows = 20000
+    rows = 500 if INTERPRETED else 20000  # torch's threads do not interpret
     function = calls(rows=rows, device=fused.device)[name]
     pred = logits(rows, 17, device=fused.device)
     threads(1)
     expected, expected_grad = value_and_grad(function, pred)
-    for count in (2,) if INTERPRETED else (2, 3, 5, 8):  # torch's threads do not interpret
+    for count in (2,) if INTERPRETED else (2, 3, 5, 8):
         threads(count)
         value, grad = value_and_grad(function, pred)
         assert torch.equal(value, expected) and torch.equal(grad, expected_grad), f"{count} threads"

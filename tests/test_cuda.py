@@ -40,6 +40,7 @@ from compiled_cases import (  # noqa: F401
     test_quality_sparse,
     test_statistics,
     test_statistics_bins,
+    test_summaries_in_other_dtypes,
     test_summaries_layouts,
     test_summaries_move_what_they_must,
 )
@@ -82,6 +83,12 @@ pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
 def compiled(request):
     approx, order = request.param
     with SimulatedCuda(approx=approx, order=order) as device:
+        yield device
+
+
+@pytest.fixture
+def compiled_once():
+    with SimulatedCuda(approx="worst", order="reverse") as device:
         yield device
 
 
@@ -185,7 +192,7 @@ def test_any_number_of_bins(compiled, bins):
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
-def test_tiles_of_many_bins(compiled, dtype):
+def test_tiles_of_many_bins(compiled_once, dtype):
     """A tile has several rows of each thread, or several threads of each row, and rows whose begin
     is a vector or is not; the last tile is never full."""
     for rows, bins in ((1029, 4), (1029, 5), (523, 8), (391, 12), (261, 16), (150, 36), (70, 64)):
@@ -196,7 +203,7 @@ def test_tiles_of_many_bins(compiled, dtype):
         for values in (x, lay_out("misaligned", x.view(1, 1, rows, bins)).pred):
             check_op("distribution", values, target, weight=weight, avg_factor=9.0, what=f"{bins}")
         check_op("distribution", logits(rows, bins, dtype=dtype), target, reduction="none")
-    assert not [name for name in kernels_of(compiled) if "general" in name]
+    assert not [name for name in kernels_of(compiled_once) if "general" in name]
 
 
 @pytest.mark.parametrize("bins", [2, 33, 160, 161])

@@ -322,7 +322,7 @@ def inputs(name, rows, classes, *, dtype=torch.float32, device="cpu", seed=0):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("dtype", FLOATS[:2] if INTERPRETED else [*FLOATS, torch.float64])
 def test_no_worse_than_eager(backend, name, dtype):
     for classes, rows in combinations((1, 17, 80), (7, 150)):
         op, kwargs, pred = inputs(name, rows, classes, dtype=dtype, device=backend.device)
@@ -395,7 +395,7 @@ def test_gradcheck(backend, name):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(backend, layout):
-    for name, classes in combinations(NAMES, (5, 40)):
+    for name, classes in combinations(NAMES, (5,) if INTERPRETED else (5, 40)):
         op, kwargs = FAMILY[name]
         laid = lay_out(
             layout, inputs(name, 70, classes, device=backend.device)[2].view(2, 5, 7, -1)

@@ -209,6 +209,17 @@ def test_layouts(backend, layout, dtype):
         check_op("quality", laid.pred, target, class_dim=laid.dim, what=what, **kwargs)
 
 
+@pytest.mark.parametrize("beta", [0.0, 2.0])
+def test_planes_of_logits_with_rows_of_targets(backend, beta):
+    """As YOLO heads call it: logits [B, C, A], scores of the assigner [B, A, C]."""
+    anchors, classes = 1061, 37
+    pred = logits(2, classes, anchors, device=backend.device)
+    target = dense_target((2, anchors), classes, device=backend.device)
+    for dtype in (torch.float32, torch.float64):
+        check_op("quality", pred, target.to(dtype).mT, class_dim=1, beta=beta, reduction="sum",
+                 what=f"targets in {dtype}")  # fmt: skip
+
+
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_gradient_has_the_layout_of_the_input(backend, layout, reduction):

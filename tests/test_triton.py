@@ -37,6 +37,7 @@ from compiled_cases import (  # noqa: F401
     test_quality_sparse,
     test_statistics,
     test_statistics_bins,
+    test_summaries_in_other_dtypes,
     test_summaries_layouts,
     test_summaries_move_what_they_must,
 )
@@ -57,6 +58,12 @@ DISTRIBUTION = gfl_kernels.distribution_focal_loss
 def compiled(request):
     """A simulated device; both readings of approximate instructions share what is compiled."""
     with simulated(approx=request.param) as device:
+        yield device
+
+
+@pytest.fixture
+def compiled_once():
+    with simulated(approx="worst") as device:
         yield device
 
 

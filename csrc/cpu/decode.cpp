@@ -1,9 +1,10 @@
 // Decoding for inference: a row of four sides, an anchor, per lane, so that no reduction crosses
-// lanes; nothing but the boxes leaves the vectors. Compiled per instruction set, as kernels.cpp.
+// lanes; nothing but the boxes leaves the vectors. Compiled per instruction set, as
+// distribution.cpp.
 
 // clang-format off: math.h is written in the primitives that simd.h declares
 #include "kernels.h"
-#include "rows.h"
+#include "flat.h"
 #include "../math.h"
 // clang-format on
 
@@ -16,7 +17,7 @@ class Decode {
   using V = Vector<A>;
   static constexpr int kN = kLanes<A>;
   static constexpr int kRows = 256;  // rows whose points and strides are looked at together
-  // Sides that run abreast; as the groups of rows in kernels.cpp.
+  // Sides that run abreast; as the groups of rows in distribution.cpp.
   static constexpr int kSides = kVectorBytes == 32 ? 2 : 4;
   using Vs = Wide<V, kSides>;
 
@@ -24,6 +25,13 @@ class Decode {
   Decode(const DecodeProblem& problem, void* memory) : p_(problem), inner_(problem.ndim - 1) {
     Scratch scratch(memory);
     z_ = scratch.take<Vs>(p_.bins);
+    const Operand& o = p_.pred;
+    flat_ = kFlat && has_flat_bins(p_.bins) && p_.window < 0 && !p_.deviation.data &&
+            o.column == 1 && o.row[inner_] == 4 * p_.bins;
+    if (!flat_) return;
+    e_ = scratch.take<A>(4 * kN * p_.bins + kN);
+    y_ = scratch.take<A>(p_.bins + kN);
+    for (int64_t k = 0; k < p_.bins; ++k) y_[k] = reinterpret_cast<const A*>(p_.values.data)[k];
   }
 
   void run(int64_t begin, int64_t count) {
@@ -51,23 +59,47 @@ class Decode {
 
   void group(int64_t r, int64_t i, int lanes) {
     const V stride = p_.strides.data ? load(stride_ + i) : V{} + static_cast<A>(p_.stride);
-    V box[4], deviation[4];
-    for (int s = 0; s < 4; s += kSides) {
-      load_sides(r, s, lanes);
-      Vs spread;
-      const Vs distance = p_.window < 0 ? distances<false>(&spread) : distances<true>(&spread);
-#pragma GCC unroll 4
-      for (int u = 0; u < kSides; ++u) {
-        const int axis = (s + u) % 2;
-        const V limit = p_.limits.data ? load(limit_[axis] + i)
-                                       : V{} + static_cast<A>(axis ? p_.height : p_.width);
-        const V x = decode_side(s + u, load(point_[axis] + i), distance[u] * stride);
-        box[s + u] = p_.clips ? clip_coordinate(x, limit) : x;
-        deviation[s + u] = spread[u] * stride;
+    V distance[4], spread[4]{}, box[4];
+    if (!flat_distances(r, lanes, distance)) {
+      for (int s = 0; s < 4; s += kSides) {
+        load_sides(r, s, lanes);
+        p_.window < 0 ? distances<false>(distance + s, spread + s)
+                      : distances<true>(distance + s, spread + s);
       }
     }
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s) {
+      const int axis = s % 2;
+      const V limit = p_.limits.data ? load(limit_[axis] + i)
+                                     : V{} + static_cast<A>(axis ? p_.height : p_.width);
+      const V x = decode_side(s, load(point_[axis] + i), distance[s] * stride);
+      box[s] = p_.clips ? clip_coordinate(x, limit) : x;
+      spread[s] = spread[s] * stride;
+    }
     write_sides(p_.boxes, r, box, lanes);
-    if (p_.deviation.data) write_sides(p_.deviation, r, deviation, lanes);
+    if (p_.deviation.data) write_sides(p_.deviation, r, spread, lanes);
+  }
+
+  // Of kN rows without gaps and of small logits.
+  bool flat_distances(int64_t r, int lanes, V* distance) {
+    if constexpr (kFlat) {
+      if (!flat_ || lanes < kN) return false;
+      const S* const z = reinterpret_cast<const S*>(p_.pred.data) + at(p_.pred, r);
+      flat_ = exponentials(z, z, 4 * kN * p_.bins, e_);  // large logits have company
+      if (!flat_) return false;
+      A by_row[4 * kN];
+      with_bins(p_.bins, [&](auto bins) {
+        for (int g = 0; g < 4 * kN; g += kN) {
+          const Sums<V> sums = moments_of_flat(bins, e_ + g * bins, y_);
+          store(by_row + g, sums.moment * reciprocal(sums.sum));
+        }
+      });
+      rows_to_lanes<A>(
+          4, 1, [&](int i) __attribute__((always_inline)) { return by_row + 4 * i; },
+          [&](int64_t s, V column) __attribute__((always_inline)) { distance[s] = column; });
+      return true;
+    }
+    return false;
   }
 
   // z_[k][u] lane i = bin k of side s + u of row r + i; spare lanes repeat the last one.
@@ -97,8 +129,15 @@ class Decode {
   }
 
   template <bool kPeak>
-  Vs distances(Vs* spread) {
-    return p_.deviation.data ? distances<kPeak, true>(spread) : distances<kPeak, false>(spread);
+  void distances(V* distance, V* spread) {
+    Vs deviation;
+    const Vs d = p_.deviation.data ? distances<kPeak, true>(&deviation)
+                                   : distances<kPeak, false>(&deviation);
+#pragma GCC unroll 4
+    for (int u = 0; u < kSides; ++u) {
+      distance[u] = d[u];
+      spread[u] = deviation[u];
+    }
   }
   // The expectation of each side and, if kSpread, its standard deviation.
   template <bool kPeak, bool kSpread>
@@ -153,6 +192,8 @@ class Decode {
   const DecodeProblem& p_;
   const int inner_;
   Vs* z_;  // [bins] logits, then exponentials
+  bool flat_;
+  A *e_, *y_;  // exponentials of kN rows and the bins' values, with a vector's room behind
   A point_[2][kRows], limit_[2][kRows], stride_[kRows];
 };
 

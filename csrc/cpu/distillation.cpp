@@ -1,5 +1,5 @@
 // Distillation of distributions: a row per lane, its bins in student and teacher abreast. Compiled
-// per instruction set, as kernels.cpp.
+// per instruction set, as distribution.cpp.
 
 // clang-format off: math.h is written in the primitives that simd.h declares
 #include "kernels.h"

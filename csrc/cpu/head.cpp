@@ -1,7 +1,7 @@
 // The positives of a head: decoding, box loss, DFL and their gradients. One positive per lane, so
 // that no reduction crosses lanes and math.h's formulas serve as they are.
 //
-// Compiled per instruction set: only internal linkage and no std templates, as in kernels.cpp.
+// Compiled per instruction set: only internal linkage and no std templates, as in distribution.cpp.
 
 // clang-format off: math.h is written in the primitives that simd.h declares
 #include "kernels.h"

@@ -1,5 +1,5 @@
-// What the instruction-set specific kernels (kernels.cpp) and the code that drives them (api.cpp)
-// agree on.
+// What the instruction-set specific kernels (quality.cpp, distribution.cpp, head.cpp, decode.cpp,
+// distillation.cpp) and the code that drives them (api.cpp, head_api.cpp) agree on.
 #pragma once
 
 #include <cstdint>
@@ -21,20 +21,16 @@ struct KernelTable {
   double (*distillation)(const DistillationProblem&, int64_t begin, int64_t count, void* scratch);
 };
 
-// One function per instruction set, in head.cpp.
-HeadSums head_baseline(const HeadProblem&, int64_t, int64_t, int64_t, void*);
-HeadSums head_avx2(const HeadProblem&, int64_t, int64_t, int64_t, void*);
-HeadSums head_avx512(const HeadProblem&, int64_t, int64_t, int64_t, void*);
-
-// In decode.cpp.
-double decode_baseline(const DecodeProblem&, int64_t, int64_t, void*);
-double decode_avx2(const DecodeProblem&, int64_t, int64_t, void*);
-double decode_avx512(const DecodeProblem&, int64_t, int64_t, void*);
-
-// In distillation.cpp.
-double distillation_baseline(const DistillationProblem&, int64_t, int64_t, void*);
-double distillation_avx2(const DistillationProblem&, int64_t, int64_t, void*);
-double distillation_avx512(const DistillationProblem&, int64_t, int64_t, void*);
+#define GFL_DECLARE_KERNELS(isa)                                                  \
+  double quality_##isa(const QualityProblem&, int64_t, int64_t, void*);           \
+  double distribution_##isa(const DistributionProblem&, int64_t, int64_t, void*); \
+  HeadSums head_##isa(const HeadProblem&, int64_t, int64_t, int64_t, void*);      \
+  double decode_##isa(const DecodeProblem&, int64_t, int64_t, void*);             \
+  double distillation_##isa(const DistillationProblem&, int64_t, int64_t, void*);
+GFL_DECLARE_KERNELS(baseline)
+GFL_DECLARE_KERNELS(avx2)
+GFL_DECLARE_KERNELS(avx512)
+#undef GFL_DECLARE_KERNELS
 
 constexpr int64_t kHeadCells = 1024;
 // Labels and positives of the cells, logits of a positive, four sides of bins with a positive per
@@ -59,20 +55,19 @@ constexpr bool in_planes(const QualityProblem& p) {
 }
 
 constexpr int64_t tile_elements(int64_t columns) { return columns > kTile ? columns : kTile; }
-// Eleven arrays of at most 8 bytes an element, each with a vector's room behind it.
+// Classes whose targets are turned into planes together: a cache line of rows of them.
+constexpr int64_t kTurned = 16;
+// Fourteen arrays of at most 8 bytes an element, each with a vector's room behind it.
 constexpr int64_t scratch_bytes(const QualityProblem& q) {
-  return 11 * (tile_elements(q.classes) * 8 + 128);
+  return 14 * (tile_elements(q.classes) * 8 + 128) +
+         (in_planes(q) ? kTurned * kPlaneRows * 8 + 128 : 0);
 }
 // Four arrays of four vectors per bin.
 constexpr int64_t scratch_bytes(const DistributionProblem& d) { return 4 * (d.bins * 256 + 128); }
 // Two vectors per bin.
 constexpr int64_t scratch_bytes(const DistillationProblem& d) { return d.bins * 128 + 128; }
-// Four vectors per bin.
-constexpr int64_t scratch_bytes(const DecodeProblem& d) { return d.bins * 256 + 128; }
-
-extern const KernelTable kBaseline;
-extern const KernelTable kAvx2;
-extern const KernelTable kAvx512;
+// Four vectors and those of exponentials per bin, and its value.
+constexpr int64_t scratch_bytes(const DecodeProblem& d) { return d.bins * (256 + 256 + 8) + 512; }
 
 // The table in use, or null if GFL_CPU_ISA asks for one that cannot run here.
 const KernelTable* kernels();

@@ -82,8 +82,8 @@ void load_labels(const Operand& o, int64_t offset, int64_t stride, int64_t n, in
 // A row per lane: to(k, column) for each of the n columns of kLanes rows in their order, row i
 // beginning at row(i), its elements `stride` apart.
 template <typename S, typename Row, typename To>
-__attribute__((always_inline)) void rows_to_lanes(int64_t n, int64_t stride, const Row& row,
-                                                  const To& to) {
+__attribute__((always_inline)) inline void rows_to_lanes(int64_t n, int64_t stride, const Row& row,
+                                                         const To& to) {
   using V = Vector<Accumulator<S>>;
   constexpr int kN = kLanes<Accumulator<S>>;
   int64_t k = 0;
@@ -117,8 +117,8 @@ __attribute__((always_inline)) void rows_to_lanes(int64_t n, int64_t stride, con
 
 // And back, of the first `lanes`: from(k) is column k.
 template <typename S, typename Row, typename From>
-__attribute__((always_inline)) void lanes_to_rows(int64_t n, int64_t stride, int lanes,
-                                                  const Row& row, const From& from) {
+__attribute__((always_inline)) inline void lanes_to_rows(int64_t n, int64_t stride, int lanes,
+                                                         const Row& row, const From& from) {
   using V = Vector<Accumulator<S>>;
   constexpr int kN = kLanes<Accumulator<S>>;
   int64_t k = 0;

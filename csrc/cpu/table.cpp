@@ -9,9 +9,11 @@ namespace gfl {
 namespace {
 
 struct Isa {
-  const KernelTable* table;
+  KernelTable table;
   bool runs;
 };
+#define GFL_TABLE(isa) \
+  {#isa, &quality_##isa, &distribution_##isa, &head_##isa, &decode_##isa, &distillation_##isa}
 
 #if defined(GFL_HAVE_AVX2)
 bool has_avx2() {
@@ -28,12 +30,12 @@ bool has_avx512() {
 
 // Worst first.
 const Isa kIsas[] = {
-    {&kBaseline, true},
+    {GFL_TABLE(baseline), true},
 #if defined(GFL_HAVE_AVX2)
-    {&kAvx2, has_avx2()},
+    {GFL_TABLE(avx2), has_avx2()},
 #endif
 #if defined(GFL_HAVE_AVX512)
-    {&kAvx512, has_avx512()},
+    {GFL_TABLE(avx512), has_avx512()},
 #endif
 };
 
@@ -43,7 +45,7 @@ const std::string& available() {
     for (const Isa& isa : kIsas) {
       if (!isa.runs) continue;
       if (!list.empty()) list += ',';
-      list += isa.table->name;
+      list += isa.table.name;
     }
     return list;
   }();
@@ -54,8 +56,8 @@ const KernelTable* pick() {
   const char* const wanted = std::getenv("GFL_CPU_ISA");
   const KernelTable* best = nullptr;
   for (const Isa& isa : kIsas) {
-    if (isa.runs && (!wanted || !*wanted || std::string(wanted) == isa.table->name))
-      best = isa.table;
+    if (isa.runs && (!wanted || !*wanted || std::string(wanted) == isa.table.name))
+      best = &isa.table;
   }
   return best;
 }

@@ -1,9 +1,5 @@
-// The CPU kernels, compiled once per instruction set (GFL_ISA names it). Two kernel bodies, one per
-// family:
-//
-// quality_tile runs along elements that are contiguous in memory, whatever they are: rows of
-// classes, or one class plane of an NCHW tensor. What is not contiguous, or not of the accumulation
-// type, is staged through L1 first.
+// The distribution family on a CPU, compiled once per instruction set (GFL_ISA names it): losses
+// and summaries of rows of bins.
 //
 // Distribution runs over the bins of as many rows as a vector has lanes, one row per lane, so that
 // no reduction crosses lanes; rows whose bins are contiguous are transposed on the way in and out.
@@ -13,501 +9,12 @@
 
 // clang-format off: math.h is written in the primitives that simd.h declares
 #include "kernels.h"
-#include "rows.h"
+#include "flat.h"
 #include "../math.h"
 // clang-format on
 
-#define GFL_STRING_(a) #a
-#define GFL_STRING(a) GFL_STRING_(a)
-
 namespace gfl {
 namespace {
-
-// Quality family
-
-constexpr int kQualityWays = 4;  // vectors that run abreast
-
-struct Background {  // beta = 2, q = 0
-  static constexpr bool kTarget = false;
-  template <typename V>
-  GFL_INLINE LossGrad<V> apply(const Background&, V x, V) {
-    return quality_background_loss_grad(x);
-  }
-};
-struct Square {  // beta = 2
-  static constexpr bool kTarget = true;
-  template <typename V>
-  GFL_INLINE LossGrad<V> apply(const Square&, V x, V q) {
-    return quality_square_loss_grad(x, q);
-  }
-};
-// q of an element of a row with a label that is not the label's.
-template <typename S>
-constexpr S kNoLabel = -static_cast<S>(__builtin_inf());
-
-// Any form: positive is what has a q above `above`.
-template <int kForm>
-struct Form {
-  static constexpr bool kTarget = true;
-  int flags;
-  double alpha, beta, above;
-  template <typename V>
-  GFL_INLINE LossGrad<V> apply(const Form& f, V x, V q) {
-    using A = scalar_t<V>;
-    const auto positive = q > static_cast<A>(f.above);
-    if constexpr (has_positives(kForm)) {
-      q = select(q == kNoLabel<A>, broadcast<V>(A(0)), q);
-    }
-    return form_loss_grad<kForm>(x, q, positive, f.flags, static_cast<A>(f.alpha),
-                                 static_cast<A>(f.beta));
-  }
-};
-// Elements of target 0 of all forms on logits.
-struct Others {
-  static constexpr bool kTarget = false;
-  double alpha, beta;
-  bool detach;
-  template <typename V>
-  GFL_INLINE LossGrad<V> apply(const Others& f, V x, V) {
-    using A = scalar_t<V>;
-    return background_loss_grad(x, static_cast<A>(f.alpha), static_cast<A>(f.beta), f.detach);
-  }
-};
-
-// n contiguous elements: x logits, q targets, w weights (both optional by template), factor for
-// every gradient. Writes the weighted loss of every element if losses is there; returns their sum.
-template <bool kWeight, bool kGrad, typename Formula, typename S, typename A>
-double quality_tile(const Formula& formula, const S* x, const A* q, const A* w, S* grad, A* losses,
-                    int64_t n, A factor) {
-  using V = Vector<A>;
-  constexpr int lanes = kLanes<A>;
-  const auto evaluate = [&](const auto& xv, const auto& qv, const auto& wv)
-                            __attribute__((always_inline)) {
-                              auto r = Formula::apply(formula, xv, qv);
-                              if constexpr (kWeight) {
-                                const auto unread = wv == A(0);  // 0 even where the loss is NaN
-                                r.loss = select(unread, wv, r.loss * wv);
-                                r.grad = select(unread, wv, r.grad * wv);
-                              }
-                              r.grad = r.grad * factor;
-                              return r;
-                            };
-  constexpr int ways = kQualityWays;
-  Wide<V, ways> sums{};
-  int64_t i = 0;
-  for (; i + ways * lanes <= n; i += ways * lanes) {
-    Wide<V, ways> xv, qv{}, wv{};
-    for (int u = 0; u < ways; ++u) {
-      xv[u] = load(x + i + u * lanes);
-      if constexpr (Formula::kTarget) qv[u] = load(q + i + u * lanes);
-      if constexpr (kWeight) wv[u] = load(w + i + u * lanes);
-    }
-    const LossGrad<Wide<V, ways>> r = evaluate(xv, qv, wv);
-    for (int u = 0; u < ways; ++u) {
-      if constexpr (kGrad) store(grad + i + u * lanes, r.grad[u]);
-      if (losses) store(losses + i + u * lanes, r.loss[u]);
-    }
-    sums = sums + r.loss;
-  }
-  V sum{};
-  for (int u = 0; u < ways; ++u) sum = sum + sums[u];
-  for (; i < n; i += lanes) {
-    const int rest = static_cast<int>(smaller(lanes, n - i));
-    V qv{}, wv{};
-    if constexpr (Formula::kTarget) qv = load_first(q + i, rest);
-    if constexpr (kWeight) wv = load_first(w + i, rest);
-    LossGrad<V> r = evaluate(load_first(x + i, rest), qv, wv);
-    // The lanes beyond n hold a logit of 0, whose loss must not count.
-    r.loss = first_lanes(r.loss, rest);
-    if constexpr (kGrad) store_first(grad + i, r.grad, rest);
-    if (losses) store_first(losses + i, r.loss, rest);
-    sum = sum + r.loss;
-  }
-  return sum_lanes(sum);
-}
-
-template <typename S>
-class Quality {
-  using A = Accumulator<S>;
-
- public:
-  Quality(const QualityProblem& problem, void* memory) : p_(problem), inner_(problem.ndim - 1) {
-    Scratch scratch(memory);
-    const int64_t n = tile_elements(p_.classes);
-    x_ = scratch.take<S>(n);
-    grad_ = scratch.take<S>(n);
-    q_ = scratch.take<A>(n);
-    w_ = scratch.take<A>(n);
-    losses_ = scratch.take<A>(n);
-    row_weight_ = scratch.take<A>(n);
-    row_score_ = scratch.take<A>(n);
-    row_loss_ = scratch.take<A>(n);
-    label_ = scratch.take<int64_t>(n);
-    positive_ = scratch.take<int64_t>(n);
-    hits_ = scratch.take<int64_t>(n);
-    square_ = p_.beta == 2 && p_.form == GFL_LOGITS;
-    const bool by_label = p_.score.data && has_positives(p_.form);
-    no_label_ = by_label ? kNoLabel<A> : 0;
-    above_ = by_label ? kNoLabel<double> : 0;
-    // QFL with other exponents has a formula that is more careful than Others.
-    has_background_ = square_ || !(on_probabilities(p_.form) || p_.form == GFL_LOGITS);
-    others_ = {background_alpha(p_.form, p_.alpha), p_.beta, detaches_weight(p_.form, p_.flags)};
-  }
-
-  double run(int64_t begin, int64_t count) {
-    const int64_t classes = p_.classes;
-    const bool planes = in_planes(p_);
-    const int64_t step = planes ? kPlaneRows : rows_of_tile();
-    double total = 0;
-    for (int64_t r = begin; r < begin + count; r += step) {
-      const int64_t rows = smaller(step, begin + count - r);
-      load_row_weights(r, rows);
-      if (uniform_ && row_weight_[0] == 0) {
-        write_zeros(r, rows);
-      } else if (planes) {
-        total += tile_of_planes(r, rows);
-      } else if (some_zero_ && classes >= 32) {
-        total += row_by_row(r, rows);
-      } else {
-        total += tile_of_rows(r, rows, row_weight_);
-      }
-    }
-    return total;
-  }
-
- private:
-  int64_t at(const Operand& o, int64_t row) const { return row * o.row[inner_]; }
-
-  // As many rows as a tile holds, if possible a number that leaves no remainder of quality_tile's
-  // vectors.
-  int64_t rows_of_tile() const {
-    constexpr int64_t elements = kQualityWays * kLanes<A>;
-    const int64_t rows = p_.classes < kTile ? kTile / p_.classes : 1;
-    int64_t whole = elements;
-    while (whole > 1 && whole / 2 * p_.classes % elements == 0) whole /= 2;
-    return rows < whole ? rows : rows - rows % whole;
-  }
-
-  // row_weight_: the weight times the upstream gradient of each row. uniform_: they are all the
-  // same.
-  void load_row_weights(int64_t r, int64_t rows) {
-    const bool weighted = p_.weight.data && !p_.weight_per_class;
-    const int64_t n = weighted || p_.grad_loss.data ? rows : 1;
-    if (weighted) {
-      load_run(p_.weight, at(p_.weight, r), p_.weight.row[inner_], n, row_weight_);
-    } else {
-      for (int64_t i = 0; i < n; ++i) row_weight_[i] = 1;
-    }
-    if (p_.grad_loss.data) {
-      load_run(p_.grad_loss, at(p_.grad_loss, r), p_.grad_loss.row[inner_], n, losses_);
-      // A row of weight 0 stays out whatever comes from upstream.
-      for (int64_t i = 0; i < n; ++i)
-        row_weight_[i] = row_weight_[i] == 0 ? 0 : row_weight_[i] * losses_[i];
-    }
-    bool differ = false, zero = false;
-    for (int64_t i = 0; i < n; ++i) {
-      differ |= !(row_weight_[i] == row_weight_[0]);
-      zero |= row_weight_[i] == 0;
-    }
-    uniform_ = !differ;
-    some_zero_ = zero;
-  }
-
-  void write_zeros(int64_t r, int64_t rows) {
-    S* const grad = reinterpret_cast<S*>(p_.grad.data);
-    for (int64_t i = r; grad && i < r + rows; ++i) {
-      for (int64_t c = 0; c < p_.classes; ++c) grad[at(p_.grad, i) + c * p_.grad.column] = S{};
-    }
-    A* const loss = reinterpret_cast<A*>(p_.loss.data);
-    for (int64_t i = r; loss && i < r + rows; ++i) loss[at(p_.loss, i)] = 0;
-  }
-
-  // Rows of weight 0 are not read.
-  double row_by_row(int64_t r, int64_t rows) {
-    double total = 0;
-    uniform_ = true;
-    for (int64_t i = 0; i < rows; ++i) {
-      if (row_weight_[i] == 0) {
-        write_zeros(r + i, 1);
-      } else {
-        total += tile_of_rows(r + i, 1, row_weight_ + i);
-      }
-    }
-    return total;
-  }
-
-  // Whole rows, class after class.
-  double tile_of_rows(int64_t r, int64_t rows, const A* row_weight) {
-    const int64_t classes = p_.classes, n = rows * classes;
-    const auto packed = [&](const Operand& o) {
-      return (o.column == 1 || classes == 1) && (rows == 1 || o.row[inner_] == classes);
-    };
-    const S* x = reinterpret_cast<const S*>(p_.pred.data) + at(p_.pred, r);
-    if (!packed(p_.pred)) {
-      for (int64_t i = 0; i < rows; ++i) {
-        const S* const row = x + i * p_.pred.row[inner_];
-        for (int64_t c = 0; c < classes; ++c) x_[i * classes + c] = row[c * p_.pred.column];
-      }
-      x = x_;
-    }
-
-    const A* q = q_;
-    int64_t hits = 0;
-    if (p_.score.data) {
-      load_labels(p_.target, at(p_.target, r), p_.target.row[inner_], rows, classes, label_);
-      for (int64_t i = 0; i < rows; ++i) hits += label_[i] >= 0;
-      if (hits > 0 || !has_background_) {
-        load_run(p_.score, at(p_.score, r), p_.score.row[inner_], rows, row_score_);
-        fill(q_, n, no_label_);
-        hits = 0;
-        for (int64_t i = 0; i < rows; ++i) {
-          if (label_[i] < 0) continue;
-          hits_[hits] = i * classes + label_[i];
-          q_[hits_[hits++]] = row_score_[i];
-        }
-      }
-    } else if (p_.target.dtype == kDtype<A> && packed(p_.target)) {
-      q = reinterpret_cast<const A*>(p_.target.data) + at(p_.target, r);
-    } else {
-      stage(p_.target, r, rows, q_);
-    }
-
-    const A* w = nullptr;
-    A factor = static_cast<A>(p_.scale);
-    A loss_factor = 1;
-    if (p_.weight_per_class) {
-      stage(p_.weight, r, rows, w_);
-      for (int64_t i = 0; i < rows && p_.grad_loss.data; ++i) {
-        const A upstream = row_weight[uniform_ ? 0 : i];
-        for (int64_t c = 0; c < classes; ++c) w_[i * classes + c] *= upstream;
-      }
-      w = w_;
-    } else if (uniform_) {
-      loss_factor = row_weight[0];
-      factor = static_cast<A>(p_.scale * row_weight[0]);
-    } else {
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t c = 0; c < classes; ++c) w_[i * classes + c] = row_weight[i];
-      }
-      w = w_;
-    }
-
-    S* const out = reinterpret_cast<S*>(p_.grad.data);
-    const bool in_place = out && packed(p_.grad);
-    S* const grad = !out ? nullptr : in_place ? out + at(p_.grad, r) : grad_;
-    const double sum = tile(hits, x, q, w, grad, p_.loss.data ? losses_ : nullptr, n, factor);
-    if (out && !in_place) {
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t c = 0; c < classes; ++c) {
-          out[at(p_.grad, r + i) + c * p_.grad.column] = grad_[i * classes + c];
-        }
-      }
-    }
-    if (p_.loss.data) {
-      for (int64_t i = 0; i < rows; ++i) {
-        write_loss(r + i, sum_run(losses_ + i * classes, classes) * loss_factor);
-      }
-    }
-    return sum * loss_factor;
-  }
-
-  // A run of neighbouring anchors, one class plane after the other: [B, C, H, W].
-  double tile_of_planes(int64_t r, int64_t rows) {
-    const int64_t classes = p_.classes;
-    int64_t positives = 0;  // label_ and positive_
-    if (p_.score.data) {
-      load_labels(p_.target, at(p_.target, r), p_.target.row[inner_], rows, classes, label_);
-      load_run(p_.score, at(p_.score, r), p_.score.row[inner_], rows, row_score_);
-      for (int64_t i = 0; i < rows; ++i) {
-        if (label_[i] < 0) continue;
-        label_[positives] = label_[i];
-        positive_[positives++] = i;
-      }
-      fill(q_, rows, no_label_);
-    }
-    const bool spread = !uniform_ && !p_.weight_per_class;
-    const A factor = static_cast<A>(uniform_ ? p_.scale * row_weight_[0] : p_.scale);
-    const double loss_factor = uniform_ ? row_weight_[0] : 1;
-    if (p_.loss.data) memset(row_loss_, 0, rows * sizeof(A));
-    double total = 0;
-    for (int64_t c = 0; c < classes; ++c) {
-      const A* q = q_;
-      int64_t hits = 0;
-      if (p_.score.data) {
-        for (int64_t i = 0; i < positives; ++i) {
-          if (label_[i] != c) continue;
-          hits_[hits] = positive_[i];
-          q_[hits_[hits++]] = row_score_[positive_[i]];
-        }
-      } else if (p_.target.dtype == kDtype<A> && p_.target.row[inner_] == 1) {
-        q = reinterpret_cast<const A*>(p_.target.data) + at(p_.target, r) + c * p_.target.column;
-      } else {
-        load_run(p_.target, at(p_.target, r) + c * p_.target.column, p_.target.row[inner_], rows,
-                 q_);
-      }
-      const A* w = spread ? row_weight_ : nullptr;
-      if (p_.weight_per_class) {
-        load_run(p_.weight, at(p_.weight, r) + c * p_.weight.column, p_.weight.row[inner_], rows,
-                 w_);
-        for (int64_t i = 0; i < rows && !uniform_; ++i) w_[i] *= row_weight_[i];
-        w = w_;
-      }
-      const S* const x =
-          reinterpret_cast<const S*>(p_.pred.data) + at(p_.pred, r) + c * p_.pred.column;
-      S* const out = reinterpret_cast<S*>(p_.grad.data);
-      S* const grad = out ? out + at(p_.grad, r) + c * p_.grad.column : nullptr;
-      total += tile(hits, x, q, w, grad, p_.loss.data ? losses_ : nullptr, rows, factor);
-      if (p_.loss.data) {
-        for (int64_t i = 0; i < rows; ++i) row_loss_[i] += losses_[i];
-      }
-      if (p_.score.data) {
-        for (int64_t h = 0; h < hits; ++h) q_[hits_[h]] = no_label_;
-      }
-    }
-    for (int64_t i = 0; i < rows && p_.loss.data; ++i)
-      write_loss(r + i, row_loss_[i] * loss_factor);
-    return total * loss_factor;
-  }
-
-  // rows x classes values of an operand with a value per element, packed.
-  void stage(const Operand& o, int64_t r, int64_t rows, A* to) {
-    for (int64_t i = 0; i < rows; ++i) {
-      load_run(o, at(o, r + i), o.column, p_.classes, to + i * p_.classes);
-    }
-  }
-
-  // Of a sparse problem the elements hits_[0, hits), ascending, have targets, which are in q_; all
-  // others are background, for which q_ holds no_label_ if there is a hit.
-  double tile(int64_t hits, const S* x, const A* q, const A* w, S* grad, A* losses, int64_t n,
-              A factor) {
-    // Only the vectors that run abreast with a hit need the formula with a target.
-    constexpr int64_t group = kQualityWays * kLanes<A>;
-    if (!p_.score.data || !has_background_ || hits * group > n) {
-      return tile_of_targets(x, q, w, grad, losses, n, factor);
-    }
-    double sum = 0;
-    int64_t done = 0;
-    const auto part = [&](bool background, int64_t end) {
-      if (done == end) return;
-      const auto from = [&](auto* values) { return values ? values + done : values; };
-      const auto run = [&](const auto& loop) {
-        sum += loop(from(x), from(q), from(w), from(grad), from(losses), end - done, factor);
-      };
-      if (!background) {
-        run([&](auto... rest) { return tile_of_targets(rest...); });
-      } else if (square_) {
-        run([&](auto... rest) { return tile(Background{}, rest...); });
-      } else {
-        run([&](auto... rest) { return weighted_tile(others_, rest...); });
-      }
-      done = end;
-    };
-    for (int64_t h = 0; h < hits; ++h) {
-      if (hits_[h] < done) continue;
-      part(true, hits_[h] / group * group);
-      part(false, smaller(done + group, n));
-    }
-    part(true, n);
-    return sum;
-  }
-
-  double tile_of_targets(const S* x, const A* q, const A* w, S* grad, A* losses, int64_t n,
-                         A factor) {
-    if (square_) return tile(Square{}, x, q, w, grad, losses, n, factor);
-    switch (p_.form) {
-      case GFL_LOGITS:
-        return tile(form<GFL_LOGITS>(), x, q, w, grad, losses, n, factor);
-      case GFL_PROBABILITIES:
-        return tile(form<GFL_PROBABILITIES>(), x, q, w, grad, losses, n, factor);
-      case GFL_VARIFOCAL:
-        return tile(form<GFL_VARIFOCAL>(), x, q, w, grad, losses, n, factor);
-      case GFL_FOCAL:
-        return weighted_tile(form<GFL_FOCAL>(), x, q, w, grad, losses, n, factor);
-      case GFL_VARIFOCAL_PROBABILITIES:
-        return full_tile(form<GFL_VARIFOCAL_PROBABILITIES>(), x, q, w, grad, losses, n, factor);
-      case GFL_FOCAL_PROBABILITIES:
-        return full_tile(form<GFL_FOCAL_PROBABILITIES>(), x, q, w, grad, losses, n, factor);
-      case GFL_MATCHABILITY:
-        return full_tile(form<GFL_MATCHABILITY>(), x, q, w, grad, losses, n, factor);
-      case GFL_IOU_AWARE:
-        return full_tile(form<GFL_IOU_AWARE>(), x, q, w, grad, losses, n, factor);
-      case GFL_BALANCED:
-        return full_tile(form<GFL_BALANCED>(), x, q, w, grad, losses, n, factor);
-    }
-    return 0;
-  }
-  template <int kForm>
-  Form<kForm> form() const {
-    return {p_.flags, p_.alpha, p_.beta, above_};
-  }
-
-  // The loop over a tile, in as many variants as a formula is worth: each takes half a second to
-  // compile, for every type and instruction set.
-  template <typename Formula>
-  double tile(const Formula& f, const S* x, const A* q, const A* w, S* grad, A* losses, int64_t n,
-              A factor) {
-    if (w) return weighted_tile(f, x, q, w, grad, losses, n, factor);
-    return grad ? quality_tile<false, true>(f, x, q, w, grad, losses, n, factor)
-                : quality_tile<false, false>(f, x, q, w, grad, losses, n, factor);
-  }
-  template <typename Formula>
-  double weighted_tile(const Formula& f, const S* x, const A* q, const A* w, S* grad, A* losses,
-                       int64_t n, A factor) {
-    return grad ? quality_tile<true, true>(f, x, q, weights(w, n), grad, losses, n, factor)
-                : quality_tile<true, false>(f, x, q, weights(w, n), grad, losses, n, factor);
-  }
-  template <typename Formula>
-  double full_tile(const Formula& f, const S* x, const A* q, const A* w, S* grad, A* losses,
-                   int64_t n, A factor) {
-    return quality_tile<true, true>(f, x, q, weights(w, n), grad ? grad : grad_, losses, n, factor);
-  }
-  const A* weights(const A* w, int64_t n) const {
-    if (!w) fill(w_, n, 1);
-    return w ? w : w_;
-  }
-
-  static void fill(A* values, int64_t n, A value) {
-    for (int64_t i = 0; i < n; ++i) values[i] = value;
-  }
-
-  static double sum_run(const A* values, int64_t n) {
-    Vector<A> sum{};
-    int64_t i = 0;
-    for (; i + kLanes<A> <= n; i += kLanes<A>) sum = sum + load(values + i);
-    if (i < n) sum = sum + load_first(values + i, static_cast<int>(n - i));
-    return sum_lanes(sum);
-  }
-
-  void write_loss(int64_t row, double loss) {
-    reinterpret_cast<A*>(p_.loss.data)[at(p_.loss, row)] = static_cast<A>(loss * p_.scale);
-  }
-
-  const QualityProblem& p_;
-  const int inner_;
-  bool square_, has_background_, uniform_ = true, some_zero_ = false;
-  A no_label_;
-  double above_;
-  Others others_;
-  S *x_, *grad_;
-  A *q_, *w_, *losses_, *row_weight_, *row_score_, *row_loss_;
-  int64_t *label_, *positive_, *hits_;
-};
-
-double quality(const QualityProblem& problem, int64_t begin, int64_t count, void* scratch) {
-  const FlushDenormals flush(!on_probabilities(problem.form));
-  switch (problem.pred.dtype) {
-    case GFL_FLOAT32:
-      return Quality<float>(problem, scratch).run(begin, count);
-    case GFL_FLOAT64:
-      return Quality<double>(problem, scratch).run(begin, count);
-    case GFL_BFLOAT16:
-      return Quality<bfloat16>(problem, scratch).run(begin, count);
-    default:
-      return Quality<float16>(problem, scratch).run(begin, count);
-  }
-}
-
-// Distribution family
 
 #define GFL_EACH_GROUP _Pragma("GCC unroll 4") for (int u = 0; u < kGroups; ++u)
 
@@ -517,7 +24,6 @@ class Distribution {
   using V = Vector<A>;
   static constexpr int kN = kLanes<A>;
   static constexpr int kWays = 2;
-  static constexpr int kAhead = 4096;
   static constexpr int kRows = 256;  // rows whose targets and weights are looked at together
 
  public:
@@ -526,7 +32,7 @@ class Distribution {
     Scratch scratch(memory);
     z_ = scratch.take<Vs>(bins_);
     const bool plain = p_.kind == kTargetLoss || (is_integral() && p_.window < 0);
-    flat_ = kFlat && plain && bins_ >= 8 && bins_ <= kFlatBins && packed(p_.pred) &&
+    flat_ = kFlat && plain && has_flat_bins(bins_) && packed(p_.pred) &&
             (!p_.grad.data || packed(p_.grad));
     if (!flat_) {
       for (Vs*& more : more_) more = scratch.take<Vs>(bins_);
@@ -575,7 +81,9 @@ class Distribution {
       if constexpr (kFlat) {
         if (flat_ && active == n && g % kFlatRows == 0) {
           const int rows = smaller(kFlatRows, (n - g) / kN * kN);
-          if (rows > 0 && exponentials(r + g, rows)) {
+          const S* const z = logits(r + g);
+          const S* const also = p_.grad.data ? grads(r + g) : z;
+          if (rows > 0 && exponentials(z, also, rows * bins_, e_)) {
             total = total + flat(r, g, rows);
             step = rows;
             continue;
@@ -862,69 +370,17 @@ class Distribution {
     }
   }
 
-  // Rows without gaps, as one array
-  //
-  // Logits that are small enough need no shift by their row's maximum, p_k = exp(z_k) / sum, so the
-  // rows need not be turned into lanes either: exponentials go along the array, and what is left of
-  // a row is its sum and a look at two of its elements. The loss is -wl log p_l - wr log p_r, as
-  // exact as with the shift. Not with AVX-512, where by count of instructions it would gain
-  // nothing: turning packed rows takes two operations less there.
-
-  static constexpr bool kFlat = kVectorBytes < 64;
+  // Rows without gaps: see flat.h.
   static constexpr int kFlatRows = 64;
-  static constexpr int kFlatBins = 64;
-  static constexpr A kSmall = 40;  // kFlatBins exp(2 kSmall) is a float
 
-  // e_ = exp of n rows, if all are small enough.
-  bool exponentials(int64_t r, int n) {
-    const S* const z = logits(r);
-    const int64_t elements = n * bins_;
-    const S* const g = p_.grad.data ? grads(r) : z;
-    V square{};
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < elements; i += kN) {
-      const V x = load(z + i);
-      __builtin_prefetch(reinterpret_cast<const char*>(z + i) + kAhead, 0);
-      __builtin_prefetch(reinterpret_cast<const char*>(g + i) + kAhead, 1);
-      square = maximum(x * x, square);
-      store(e_ + i, exponential<true>(x));
-    }
-    for (int i = 0; i < kN; ++i) {
-      if (square[i] > kSmall * kSmall) return false;
-    }
-    return true;
-  }
-
-  // K is the number of bins, or 0: any.
+  // Not inlined, which keeps the registers of all numbers of bins apart.
   template <int K>
-  int64_t bins() const {
-    return K ? K : bins_;
-  }
-
-  // Lane i: the sum over row i of f(i, k), kN elements from bin k on.
-  template <int K, typename F>
-  __attribute__((always_inline)) V flat_sums(const F& f) const {
-    V part[kN];
-#pragma GCC unroll 16
-    for (int i = 0; i < kN; ++i) {
-      part[i] = f(i, 0);
-      int64_t k = kN;
-#pragma GCC unroll 16
-      for (; k + kN <= bins<K>(); k += kN) part[i] = part[i] + f(i, k);
-      if (k < bins<K>()) {
-        part[i] = part[i] + first_lanes(f(i, k), static_cast<int>(bins<K>() - k));
-      }
-    }
-    return sum_each(part);
-  }
-
-  template <int K>
-  V flat_loss(int64_t r, int first, int n) {
+  __attribute__((noinline)) V flat_loss(Bins<K> bins, int64_t r, int first, int n) {
     A left_e[kFlatRows], right_e[kFlatRows];
     int at[kFlatRows];
     for (int i = first; i < first + n; i += kN) {
       // The last bin as the right one of two, so that both are in the row.
-      const A last = static_cast<A>(bins<K>() - 1);
+      const A last = static_cast<A>(bins - 1);
       const V left = load(left_ + i), wl = load(wl_ + i);
       const auto at_last = left >= last;
       store(left_ + i, select(at_last, broadcast<V>(last - 1), left));
@@ -933,16 +389,16 @@ class Distribution {
     }
 #pragma GCC unroll 4
     for (int i = 0; i < n; ++i) {
-      at[i] = static_cast<int>(i * bins<K>()) + static_cast<int>(left_[first + i]);
+      at[i] = static_cast<int>(i * bins) + static_cast<int>(left_[first + i]);
       left_e[i] = e_[at[i]];
       right_e[i] = e_[at[i] + 1];
     }
     const A scale = static_cast<A>(p_.scale);
     V total{};
     for (int g = 0; g < n; g += kN) {
-      const A* const e = e_ + g * bins<K>();
-      const V sum = flat_sums<K>([&](int i, int64_t k) __attribute__((always_inline)) {
-        return load(e + i * bins<K>() + k);
+      const A* const e = e_ + g * bins;
+      const V sum = flat_sums<V>(bins, [&](int i, int64_t k) __attribute__((always_inline)) {
+        return load(e + i * bins + k);
       });
       const V wl = load(wl_ + first + g), wr = load(wr_ + first + g), w = load(weight_ + first + g);
       const V inverse = reciprocal(sum);
@@ -958,8 +414,8 @@ class Distribution {
       }
     }
     if (p_.grad.data) {
-      flat_grads<K>(
-          r + first, n,
+      flat_grads(
+          bins, r + first, n,
           [&](int i) __attribute__((always_inline)) {
             return [f = broadcast<V>(total_[i])](V e, int64_t)
                        __attribute__((always_inline)) { return e * f; };
@@ -976,25 +432,19 @@ class Distribution {
   }
 
   template <int K>
-  V flat_integral(int64_t r, int first, int n) {
+  __attribute__((noinline)) V flat_integral(Bins<K> bins, int64_t r, int first, int n) {
     A factor[kFlatRows];
     for (int g = 0; g < n; g += kN) {
-      const A* const e = e_ + g * bins<K>();
-      const V inverse =
-          reciprocal(flat_sums<K>([&](int i, int64_t k) __attribute__((always_inline)) {
-            return load(e + i * bins<K>() + k);
-          }));
-      const V expectation =
-          inverse * flat_sums<K>([&](int i, int64_t k) __attribute__((always_inline)) {
-            return load(e + i * bins<K>() + k) * load(y_ + k);
-          });
+      const A* const e = e_ + g * bins;
+      const Sums<V> sums = moments_of_flat(bins, e, y_);
+      const V inverse = reciprocal(sums.sum), expectation = inverse * sums.moment;
       if (p_.loss.data) write_lanes(r + first + g, expectation);
       store(total_ + g, expectation);
       store(factor + g, inverse * load(weight_ + first + g));
     }
     if (p_.grad.data) {
-      flat_grads<K>(
-          r + first, n,
+      flat_grads(
+          bins, r + first, n,
           [&](int i) __attribute__((always_inline)) {
             return [this, f = broadcast<V>(factor[i]), expectation = broadcast<V>(total_[i])](
                        V e, int64_t k) __attribute__((always_inline)) {
@@ -1009,23 +459,23 @@ class Distribution {
   // grad = row(i)(exponentials, bin), kN bins at a time: the last ones of a row spill into the
   // next, which comes after.
   template <int K, typename Row, typename Patch>
-  __attribute__((always_inline)) void flat_grads(int64_t r, int n, const Row& row,
+  __attribute__((always_inline)) void flat_grads(Bins<K> bins, int64_t r, int n, const Row& row,
                                                  const Patch& patch) {
     constexpr bool direct = sizeof(S) == sizeof(A);
-    const int64_t whole = bins<K>() / kN * kN;
+    const int64_t whole = bins / kN * kN;
     S* const out = grads(r);
     A* const g = direct ? reinterpret_cast<A*>(out) : g_;
 #pragma GCC unroll 4
     for (int i = 0; i < n; ++i) {
       const auto f = row(i);
-      A* const to = g + i * bins<K>();
-      const A* const from = e_ + i * bins<K>();
+      A* const to = g + i * bins;
+      const A* const from = e_ + i * bins;
 #pragma GCC unroll 16
       for (int64_t k = 0; k < whole; k += kN) store(to + k, f(load(from + k), k));
-      if (whole < bins<K>()) {
+      if (whole < bins) {
         const V v = f(load(from + whole), whole);
         if (direct && i == n - 1) {
-          store_first(to + whole, v, static_cast<int>(bins<K>() - whole));
+          store_first(to + whole, v, static_cast<int>(bins - whole));
         } else {
           store(to + whole, v);
         }
@@ -1033,27 +483,14 @@ class Distribution {
     }
     patch(g);
     if constexpr (!direct) {
-      for (int64_t i = 0; i < n * bins<K>(); i += kN) store(out + i, load(g_ + i));
+      for (int64_t i = 0; i < n * bins; i += kN) store(out + i, load(g_ + i));
     }
   }
 
-  template <int K>
   V flat(int64_t r, int first, int n) {
-    return is_integral() ? flat_integral<K>(r, first, n) : flat_loss<K>(r, first, n);
-  }
-  V flat(int64_t r, int first, int n) {
-    switch (bins_) {
-      case 8:
-        return flat<8>(r, first, n);
-      case 16:
-        return flat<16>(r, first, n);
-      case 17:
-        return flat<17>(r, first, n);
-      case 33:
-        return flat<33>(r, first, n);
-      default:
-        return flat<0>(r, first, n);
-    }
+    return with_bins(bins_, [&](auto bins) {
+      return is_integral() ? flat_integral(bins, r, first, n) : flat_loss(bins, r, first, n);
+    });
   }
 
   // f(k, k % kWays): sums and maxima go to kWays accumulators, or each would wait for the one
@@ -1249,8 +686,10 @@ class Distribution {
   int64_t index_[kRows + 1];
 };
 
-double distribution(const DistributionProblem& problem, int64_t begin, int64_t count,
-                    void* scratch) {
+}  // namespace
+
+double GFL_CONCAT(distribution_, GFL_ISA)(const DistributionProblem& problem, int64_t begin,
+                                          int64_t count, void* scratch) {
   const FlushDenormals flush(true);
   switch (problem.pred.dtype) {
     case GFL_FLOAT32:
@@ -1263,17 +702,5 @@ double distribution(const DistributionProblem& problem, int64_t begin, int64_t c
       return Distribution<float16>(problem, scratch).run(begin, count);
   }
 }
-
-}  // namespace
-
-#define GFL_TABLE_baseline kBaseline
-#define GFL_TABLE_avx2 kAvx2
-#define GFL_TABLE_avx512 kAvx512
-extern const KernelTable GFL_CONCAT(GFL_TABLE_, GFL_ISA) = {GFL_STRING(GFL_ISA),
-                                                            &quality,
-                                                            &distribution,
-                                                            &GFL_CONCAT(head_, GFL_ISA),
-                                                            &GFL_CONCAT(decode_, GFL_ISA),
-                                                            &GFL_CONCAT(distillation_, GFL_ISA)};
 
 }  // namespace gfl

@@ -1,0 +1,107 @@
+// Rows of bins without gaps between them, as one array.
+//
+// Logits that are small enough need no shift by their row's maximum, p_k = exp(z_k) / sum, so the
+// rows need not be turned into lanes either: exponentials go along the array, and what is left of a
+// row is its sum and a look at two of its elements. The loss is -wl log p_l - wr log p_r, as exact
+// as with the shift. Not with AVX-512, where by count of instructions it would gain nothing:
+// turning packed rows takes two operations less there.
+//
+// As all of the CPU kernels with internal linkage and without std.
+#pragma once
+
+// clang-format off: math.h is written in the primitives that simd.h declares
+#include "rows.h"
+#include "../math.h"
+// clang-format on
+
+namespace gfl {
+namespace {
+
+constexpr bool kFlat = kVectorBytes < 64;
+constexpr int64_t kLeastFlatBins = 8, kFlatBins = 64;
+constexpr int kSmall = 40;    // kFlatBins exp(2 kSmall) is a float
+constexpr int kAhead = 4096;  // bytes: hardware prefetchers stop at every page
+
+constexpr bool has_flat_bins(int64_t bins) { return bins >= kLeastFlatBins && bins <= kFlatBins; }
+
+// e = exp(z) of n logits, if all are small enough; a vector's room behind both. `also` is what the
+// caller will write as far into.
+template <typename S>
+bool exponentials(const S* z, const S* also, int64_t n, Accumulator<S>* e) {
+  using A = Accumulator<S>;
+  Vector<A> square{};
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
+    const Vector<A> x = load(z + i);
+    __builtin_prefetch(reinterpret_cast<const char*>(z + i) + kAhead, 0);
+    __builtin_prefetch(reinterpret_cast<const char*>(also + i) + kAhead, 1);
+    square = maximum(x * x, square);
+    store(e + i, exponential<true>(x));
+  }
+  for (int i = 0; i < kLanes<A>; ++i) {
+    if (square[i] > A(kSmall * kSmall)) return false;
+  }
+  return true;
+}
+
+// A number of bins that is known to the compiler, or any for K = 0.
+template <int K>
+struct Bins {
+  int64_t any;
+  constexpr operator int64_t() const { return K ? K : any; }
+};
+// f(Bins<...>), compiled for the numbers that detectors have.
+template <typename F>
+__attribute__((always_inline)) inline auto with_bins(int64_t bins, const F& f) {
+  switch (bins) {
+    case 8:
+      return f(Bins<8>{});
+    case 16:
+      return f(Bins<16>{});
+    case 17:
+      return f(Bins<17>{});
+    case 33:
+      return f(Bins<33>{});
+    default:
+      return f(Bins<0>{bins});
+  }
+}
+
+// Lane i: the sum over row i of f(i, k), a vector from bin k on.
+template <typename V, int K, typename F>
+__attribute__((always_inline)) inline V flat_sums(Bins<K> bins, const F& f) {
+  constexpr int lanes = kLanes<scalar_t<V>>;
+  const int64_t n = bins;  // GCC unrolls no loop whose end is a conversion
+  V part[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) {
+    part[i] = f(i, 0);
+    int64_t k = lanes;
+#pragma GCC unroll 16
+    for (; k + lanes <= n; k += lanes) part[i] = part[i] + f(i, k);
+    if (k < n) part[i] = part[i] + first_lanes(f(i, k), static_cast<int>(n - k));
+  }
+  return sum_each(part);
+}
+
+// sum_k exp(z_k) and sum_k y_k exp(z_k) of as many rows as a vector has lanes, out of their
+// exponentials.
+template <typename V>
+struct Sums {
+  V sum, moment;
+};
+template <typename A, int K>
+__attribute__((always_inline)) inline Sums<Vector<A>> moments_of_flat(Bins<K> bins, const A* e,
+                                                                      const A* y) {
+  using V = Vector<A>;
+  const V sum = flat_sums<V>(bins, [&](int i, int64_t k) __attribute__((always_inline)) {
+    return load(e + i * bins + k);
+  });
+  const V moment = flat_sums<V>(bins, [&](int i, int64_t k) __attribute__((always_inline)) {
+    return load(e + i * bins + k) * load(y + k);
+  });
+  return {sum, moment};
+}
+
+}  // namespace
+}  // namespace gfl
