@@ -153,7 +153,7 @@ def draw(path: Path, document: dict) -> Path:
     if any(row["backend"] == "cuda" for row in rows):
         handles += [_dot("o", "#808080"), _dot("o", "#808080", hollow=True)]
         labels += ["triton", "cuda"]
-    columns = len(handles) if len(gpus) > 1 else 3
+    columns = min(len(handles), 4 * len(gpus))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     versions = document["versions"]
     nvcc = f" nvcc {versions['nvcc']}," if "nvcc" in versions else ""
