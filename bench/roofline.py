@@ -42,7 +42,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from bench import roofline_head
-from bench.cases import BACKWARD, FORWARD, ITEM_BYTES, STEP, Case
+from bench.cases import BACKWARD, FORWARD, ITEM_BYTES, STEP, SUMMARIES, Case
 from bench.roofline_head import HeadCase
 
 LOSS_GRADIENT = "loss+gradient"  # both from one launch, for an upstream gradient of 1
@@ -73,6 +73,15 @@ def _bins(op: str, bins: int, dtype: str = "float32", passes=_BOTH, **rest) -> C
     return Case(op, "", (SIDES, bins), dtype, passes=passes, **{"weighted": False} | rest)
 
 
+def _family(op: str, form: str, dtype: str = "float32", shape=(ANCHORS, 80), note="") -> Case:
+    return Case(op, form, shape, dtype, note, _BOTH, weighted=False)
+
+
+def _boxes(form: str, dtype: str = "float32") -> Case:
+    note = "and the best of 80 classes" if form else "mean boxes, clipped"
+    return Case("decode", form, (SIDES, 17), dtype, note, (FORWARD,), weighted=False)
+
+
 NCHW = (2, 80, 100, 168)
 QFL = _qfl("sparse", (ANCHORS, 80), passes=_ALL, quick=True)
 QFL_DENSE = _qfl("dense", (ANCHORS, 80), passes=_ALL)
@@ -80,6 +89,16 @@ QFL_HALF = _qfl("sparse", (ANCHORS, 80), "bfloat16", _ALL, quick=True)
 QFL_FLOAT16 = _qfl("sparse", (ANCHORS, 80), "float16", _ALL)
 DFL = _bins("dfl", 17, passes=_ALL, quick=True)
 HEAD = _head(quick=True)
+# The rest of the quality family, and what else there is of distributions: op, form.
+FAMILY = (
+    ("vfl", "dense"),
+    ("vfl", "sparse"),
+    ("focal", "dense"),
+    ("focal", "sparse"),
+    ("mal", "sparse"),
+)
+SIDE_OPS = ("peak", "statistics", "moments", "ld")
+REST = (*SIDE_OPS, "decode", *(op for op, _ in FAMILY))
 # Of the rest a default run takes one target of NVIDIA and one of AMD.
 EVERY_TARGET = (QFL, QFL_HALF, DFL)
 CASES = (
@@ -101,16 +120,19 @@ CASES = (
     _bins("dfl", 8, passes=_ALL),
     _bins("dfl", 33),
     _bins("integral", 17),
+    *(_family(*loss) for loss in FAMILY),
+    *(_bins(op, 17) for op in SIDE_OPS),
+    *(_boxes(form) for form in ("", "scored")),
     HEAD,
     _head("bfloat16"),
     _head(channels_last=True),
 )
 FULL_CASES = (
     *CASES,
-    *(
-        Case(op, form, (ANCHORS, 80), passes=_BOTH, weighted=False)
-        for op, form in (("vfl", "dense"), ("vfl", "sparse"), ("focal", "dense"), ("mal", "sparse"))
-    ),
+    *(_family(*loss, "bfloat16") for loss in FAMILY),
+    *(_bins(op, 17, "bfloat16") for op in SIDE_OPS),
+    *(_boxes(form, "bfloat16") for form in ("", "scored")),
+    _family("vfl", "sparse", shape=NCHW, note="stride 8"),
     _qfl("dense", (ANCHORS, 80), "float16"),
     _qfl("sparse", NCHW, "float16", note="stride 8"),
     _qfl("probability", (ANCHORS, 80), "bfloat16", note="GFLv2's joint score"),
@@ -192,35 +214,61 @@ def launch(case: Case, which: str, inputs, kernels):
     """The case's pass, straight through the launchers of a backend, whose ops `kernels` has."""
     import torch
 
+    pred = inputs.logits.detach()
+    if case.op == "decode":
+        from bench.contestants import IMAGE, STRIDE
+
+        points, cls = (*inputs.target, None)[:2]
+        pred = pred.view(case.rows // 4, -1)
+        return kernels.decode_boxes(
+            pred, points, None, None, cls, None, STRIDE, list(IMAGE), -1, False
+        )
+    family, arguments = operation(case, inputs)
+    pred = pred.movedim(1, -1) if case.nchw else pred.view(case.rows, case.width)
+    if which == BACKWARD:
+        upstream = torch.ones(())
+        if case.op in SUMMARIES:
+            values = inputs.upstream.shape[2:]
+            upstream = inputs.upstream.view(case.rows, *values)
+        return getattr(kernels, f"{family}_backward")(upstream, pred, *arguments)
+    if case.op not in SUMMARIES:
+        arguments = (*arguments, which == LOSS_GRADIENT)
+    return getattr(kernels, f"{family}_forward")(pred, *arguments)
+
+
+def operation(case: Case, inputs) -> tuple[str, tuple]:
+    """The family of the ops of a case, and what they take besides logits."""
+    import torch
+
     from gfl_kernels import reference
     from gfl_kernels.triton.launch import SUM
 
+    summaries = {  # as the public functions call them
+        "integral": ("integral", (None,)),
+        "peak": ("integral", (None, 2)),
+        "statistics": ("statistics", (4, True)),
+        "moments": ("moments", (None,)),
+    }
+    if case.op in summaries:
+        return summaries[case.op]
+    if case.op == "dfl":
+        return "distribution", (inputs.target, None, None, inputs.weight, None, 1.0, SUM)
+    if case.op == "ld":
+        return "distillation", (inputs.target, inputs.weight, None, 10.0, 1.0, SUM)
     rules = {  # of the op: form, flags, alpha, beta
         ("qfl", "probability"): (reference.PROBABILITIES, 0, 0.0, 2.0),
         ("vfl", "dense"): (reference.VARIFOCAL, 0, 0.75, 2.0),
         ("vfl", "sparse"): (reference.VARIFOCAL, reference.DETACH_WEIGHT, 0.2, 2.0),
         ("focal", "dense"): (reference.FOCAL, 0, 0.25, 2.0),
+        ("focal", "sparse"): (reference.FOCAL, 0, 0.25, 2.0),
         ("mal", "sparse"): (reference.MATCHABILITY, 0, 1.0, 1.5),
     }
-    pred = inputs.logits.detach()
-    upstream = torch.ones(())
-    if case.op == "integral":
-        pred = pred.view(case.rows, case.width)
-        if which == FORWARD:
-            return kernels.integral_forward(pred, None)
-        return kernels.integral_backward(inputs.upstream.view(-1), pred, None)
-    if case.op == "dfl":
-        arguments = (inputs.target, None, None, inputs.weight, None, 1.0, SUM)
-        forward, backward = kernels.distribution_forward, kernels.distribution_backward
-    else:
-        target = inputs.target if isinstance(inputs.target, tuple) else (inputs.target, None)
-        rule = rules.get((case.op, case.form), (reference.LOGITS, 0, 0.0, 2.0))
-        arguments = (*target, inputs.weight, None, *rule, 1.0, SUM)
-        forward, backward = kernels.quality_forward, kernels.quality_backward
-        pred = pred.movedim(1, -1) if case.nchw else pred
-    if which == BACKWARD:
-        return backward(upstream, pred, *arguments)
-    return forward(pred, *arguments, which == LOSS_GRADIENT)
+    rule = rules.get((case.op, case.form), (reference.LOGITS, 0, 0.0, 2.0))
+    target = inputs.target
+    if (case.op, case.form) == ("focal", "sparse"):
+        target = target, torch.ones(()).expand(target.shape)
+    target = target if isinstance(target, tuple) else (target, None)
+    return "quality", (*target, inputs.weight, None, *rule, 1.0, SUM)
 
 
 def measure(
@@ -503,7 +551,11 @@ class Requirement:
 
 
 def _large(row: Row) -> bool:
-    return row["op"] != "head" and row["logits"] >= LARGE
+    return row["op"] in ("qfl", "dfl", "integral") and row["logits"] >= LARGE
+
+
+def _large_of_rest(row: Row) -> bool:
+    return row["op"] in REST and row["logits"] >= LARGE
 
 
 def _of_head(*passes: str) -> Callable[[Row], bool]:
@@ -550,6 +602,7 @@ def _near_dram(op: str) -> Callable[[Row], bool]:
 
 REQUIREMENTS = (
     Requirement("DRAM bytes / minimum, from 256k logits", 1.03, "dram_ratio", _large),
+    Requirement("The same, rest of the family", 1.05, "dram_ratio", _large_of_rest),
     Requirement("Head: DRAM bytes / minimum", 1.05, "dram_ratio", _of_head(*_BOTH)),
     Requirement("Head: launches forward", 4, "launches", _of_head(FORWARD)),
     Requirement("Head: launches backward", 2, "launches", _of_head(BACKWARD)),

@@ -59,7 +59,7 @@ def print_rows(console: Console, rows: list[Row]):
         "and stores. SASS a logit: executed warp instructions x 32 / logits. 16 B: share of the "
         "bytes of logits and gradient moved 16 at a time. DRAM: bytes / inputs and outputs once. "
         "sectors: of 32 bytes, a load/store request of a warp. These three: sm_90. us: the lower "
-        "bound that the counts give, and the term that binds.\n",
+        "bound that the counts give, the term that binds, and the bound / its DRAM term.\n",
         style="dim",
     )
 
@@ -69,7 +69,9 @@ def _slashed(rows: list[Row], column: str, form: str = "d") -> str:
 
 
 def _bound(row: Row | None) -> str:
-    return "" if row is None else f"{row['bound_us']:.2f} {row['bound_by']:<5}"
+    if row is None:
+        return ""
+    return f"{row['bound_us']:.2f} {row['bound_by']:<5} {row['over_dram']:.2f}"
 
 
 def print_launches(console: Console, rows: list[Row]):
@@ -118,6 +120,14 @@ COLOURS = {
     "qfl sparse NCHW": "#1b3a57",
     "dfl": "#c44e52",
     "integral": "#cf7f24",
+    "vfl": "#5b8def",
+    "focal": "#9b59b6",
+    "mal": "#16656b",
+    "peak": "#e0a45c",
+    "statistics": "#d98880",
+    "moments": "#a04000",
+    "ld": "#7f8c2d",
+    "decode": "#444444",
     "head NCHW": "#3f7f3f",
     "head channels_last": "#8fbf5f",
 }
@@ -143,7 +153,7 @@ def draw(path: Path, document: dict) -> Path:
     if any(row["backend"] == "cuda" for row in rows):
         handles += [_dot("o", "#808080"), _dot("o", "#808080", hollow=True)]
         labels += ["triton", "cuda"]
-    columns = len(handles) if len(gpus) > 1 else 3
+    columns = min(len(handles), 4 * len(gpus))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     versions = document["versions"]
     nvcc = f" nvcc {versions['nvcc']}," if "nvcc" in versions else ""
@@ -159,6 +169,8 @@ def draw(path: Path, document: dict) -> Path:
 
 
 def _kind(row: Row) -> str:
+    if row["op"] in COLOURS:  # one for all its forms
+        return row["op"]
     layout = row["layout"] if row["layout"] != "rows" else ""
     return " ".join(filter(None, (row["op"], row["form"], layout)))
 

@@ -387,11 +387,11 @@ GFL_HD T sigmoid_power(const Logistic<T>& c, T x, scalar_t<T> gamma) {
 // What an element of target 0 has in nearly all of the family:  L = alpha s^gamma softplus(x),
 // dL/dx = alpha s^gamma (s + gamma (1 - s) softplus(x)), without the second term if the weight is
 // detached.
-template <typename T>
+template <bool kHalf = false, typename T>
 GFL_HD LossGrad<T> background_loss_grad(T x, scalar_t<T> alpha, scalar_t<T> gamma,
                                         bool detach_weight) {
   using S = scalar_t<T>;
-  const Logistic<T> c = logistic(x);
+  const Logistic<T> c = logistic<kHalf>(x);
   const auto right = x >= S(0);
   const T b = c.log1p_e + select(right, c.a, broadcast<T>(S(0)));
   T slope = select(right, c.r, c.w);

@@ -102,6 +102,24 @@ constexpr bool on_probabilities(int form) {
   return form == GFL_PROBABILITIES || form == GFL_VARIFOCAL_PROBABILITIES ||
          form == GFL_FOCAL_PROBABILITIES;
 }
+// What background_loss_grad has as alpha in a form on logits.
+constexpr double background_alpha(int form, double alpha) {
+  switch (form) {
+    case GFL_VARIFOCAL:
+    case GFL_MATCHABILITY:
+      return alpha;
+    case GFL_BALANCED:
+      return 1 - alpha;
+    case GFL_FOCAL:
+      return alpha < 0 ? 1 : 1 - alpha;
+    default:
+      return 1;
+  }
+}
+// Whether the weight of a form is a constant of the derivative.
+constexpr bool detaches_weight(int form, int flags) {
+  return form == GFL_MATCHABILITY || flags & GFL_DETACH_WEIGHT;
+}
 constexpr bool has_positives(int form) {
   return form == GFL_VARIFOCAL || form == GFL_VARIFOCAL_PROBABILITIES || form == GFL_MATCHABILITY ||
          form == GFL_IOU_AWARE;

@@ -45,6 +45,7 @@ from compiled_cases import (  # noqa: F401
     test_summaries_move_what_they_must,
 )
 from support import (
+    FAMILY,
     FLOATS,
     INTERPRETED,
     LAYOUTS,
@@ -136,6 +137,32 @@ def test_quality_of_probabilities_in_vectors(compiled, dtype, layout):
     assert not [name for name in kernels_of(compiled) if "general" in name]
 
 
+LOGIT_FORMS = [name for name, (_, kwargs) in FAMILY.items() if "activated" not in kwargs]
+
+
+@pytest.mark.parametrize("name", LOGIT_FORMS)
+def test_family_in_vectors(name):
+    """Rows with whole vectors and with ends, planes with vectors of rows and without, which are
+    kernels of all forms: of each form a dtype and two layouts."""
+    op, kwargs = FAMILY[name]
+    number = LOGIT_FORMS.index(name)
+    dtype = FLOATS[number % 3]
+    layouts = (
+        (("contiguous", (2, 8, 24), True), ("nchw", (4, 16, 5), False)),
+        (("misaligned", (3, 5, 43), False), ("nchw", (3, 5, 5), True)),
+    )
+    with SimulatedCuda(approx="worst") as device:
+        for layout, size, dense in layouts[number % 2]:
+            laid = lay_out(layout, logits(1, *size, dtype=dtype))
+            target = sparse_target(laid.row_shape, size[-1])
+            if dense:
+                target = dense_target(laid.row_shape, size[-1]).movedim(-1, laid.dim).contiguous()
+            options = {"class_dim": laid.dim, "reduction": "mean", "avg_factor": 5.0} | kwargs
+            weight = row_weight(laid.row_shape)
+            check_op(op, laid.pred, target, weight=weight, grad_scale=20.0, what=layout, **options)
+        assert not [kernel for kernel in kernels_of(device) if "general" in kernel]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(compiled, layout):
     laid = lay_out(layout, logits(2, 3, 5, 17))
@@ -177,6 +204,15 @@ def test_tiles_of_many_bins(compiled_once, dtype):
             check_op("distribution", values, target, weight=weight, avg_factor=9.0, what=f"{bins}")
         check_op("distribution", logits(rows, bins, dtype=dtype), target, reduction="none")
     assert not [name for name in kernels_of(compiled_once) if "general" in name]
+
+
+@pytest.mark.parametrize("bins", [2, 33, 160, 161])
+def test_distillation_bins(bins):
+    """In the registers of one thread or of a warp, and more than these have."""
+    student, teacher = (logits(11, bins, seed=seed) for seed in (0, 7))
+    with SimulatedCuda(approx="worst"):
+        options = {"scale": 100.0, "grad_scale": 20.0, "reduction": "none"}
+        check_op("distillation", student, teacher, bin_reduction="sum", **options)
 
 
 @pytest.mark.parametrize("bins", [8, 17, 64])
@@ -325,6 +361,7 @@ def test_registers(dtype):
     """64 of them and nothing spilled in what a training step runs: forward and backward."""
     names = [f"quality_kernel<{dtype}, {variant}>" for variant in (1, 2, 3, 5, 6, 7, 9, 10)]
     names += [f"quality_kernel<{dtype}, {16 + variant}>" for variant in (1, 2, 5, 6, 9, 10)]
+    names += [f"quality_kernel<{dtype}, {32 + variant}>" for variant in (2, 6, 10)]
     names += [f"distribution_kernel<{dtype}, {bins}>" for bins in (0, 1, 8, 16, 17, 33)]
     for name in names:
         try:

@@ -187,6 +187,25 @@ def test_rows_of_the_cuda_kernels():
     assert row["over_dram"] > row["launch_over_dram"] >= 1
 
 
+@needs_nvcc
+@pytest.mark.parametrize(
+    "op, form, which, launches",
+    [
+        ("focal", "sparse", "forward", 2),
+        ("statistics", "", "backward", 1),
+        ("ld", "", "backward", 1),
+        ("decode", "scored", "forward", 2),
+    ],
+)
+def test_rows_of_the_rest(op, form, which, launches):
+    """What a call takes besides logits is what the public functions pass: every byte moves once."""
+    case = Case(op, form, (1024, 80 if op == "focal" else 17), weighted=False)
+    (row,) = roofline.measure(case, which, roofline.CUDA, (90,), ())
+    assert (row["launches"], row["spills"]) == (launches, 0)
+    # The last sectors of arrays, partial sums, a target of one value.
+    assert 0 <= row["dram_bytes"] - row["minimum_bytes"] < 1024
+
+
 def test_rows_of_a_head():
     case = HeadCase("head", "", (2, 80, 128, 192), weighted=False, channels_last=True)
     assert case.rows == 2 * (16 * 24 + 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2)
@@ -285,6 +304,14 @@ def test_requirements_of_a_head():
         for column, value in {"launches": row["launches"] + 1, "dram_ratio": 1.06}.items():
             bad = verdicts(*rows, row | {column: value})
             assert [v["measured"] for v in bad.values() if v["verdict"] == "miss"] == [value]
+
+
+def test_requirements_of_the_rest():
+    rows = [good_row(op=op, case=op, dram_ratio=1.05) for op in roofline.REST]
+    assert not [v for v in verdicts(*rows).values() if v["verdict"] == "miss"]
+    for row in rows:
+        bad = verdicts(*rows, row | {"dram_ratio": 1.051})
+        assert [v["measured"] for v in bad.values() if v["verdict"] == "miss"] == [1.051]
 
 
 def test_requirements_keep_to_their_scope():

@@ -228,11 +228,7 @@ class Quality {
     above_ = by_label ? kNoLabel<double> : 0;
     // QFL with other exponents has a formula that is more careful than Others.
     has_background_ = square_ || !(on_probabilities(p_.form) || p_.form == GFL_LOGITS);
-    others_ = {1, p_.beta, p_.form == GFL_MATCHABILITY || p_.flags & GFL_DETACH_WEIGHT};
-    if (p_.form == GFL_VARIFOCAL || p_.form == GFL_MATCHABILITY) others_.alpha = p_.alpha;
-    if (p_.form == GFL_BALANCED || (p_.form == GFL_FOCAL && p_.alpha >= 0)) {
-      others_.alpha = 1 - p_.alpha;
-    }
+    others_ = {background_alpha(p_.form, p_.alpha), p_.beta, detaches_weight(p_.form, p_.flags)};
   }
 
   double run(int64_t begin, int64_t count) {

@@ -213,12 +213,22 @@ GFL_DEVICE void locate(const RowShape& rows, int64_t row, const Steps* const (&s
 #pragma unroll
   for (int i = 0; i < n; ++i) offsets[i] = 0;
   for (int d = kInner; d > kInner - rows.ndim; --d) {
-    const int64_t rest = d == 0 ? 0 : row / rows.size[d];
+    const int64_t rest = d == kInner - rows.ndim + 1 ? 0 : row / rows.size[d];
     const int64_t digit = row - rest * rows.size[d];
 #pragma unroll
     for (int i = 0; i < n; ++i) offsets[i] += digit * steps[i]->row[d];
     row = rest;
   }
+}
+
+// The same, in 32 bits where plan.cpp found that they are enough.
+template <typename Shape, int n>
+GFL_DEVICE void locate(const Shape& s, int64_t row, const Steps* const (&steps)[n],
+                       int64_t (&offsets)[n]) {
+  if (!s.simple) return locate(s.rows, row, steps, offsets);
+  const RowIndex place = row_at(s.rows, static_cast<int>(row));
+#pragma unroll
+  for (int i = 0; i < n; ++i) offsets[i] = place.offset(*steps[i]);
 }
 
 // scale / (avg_factor + eps)

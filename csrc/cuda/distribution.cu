@@ -77,6 +77,15 @@ struct Bins {
 
   GFL_MEMBER const T* z(int k) const { return pred + k * pred_step; }
   GFL_MEMBER T* g(int k) const { return grad + k * grad_step; }
+  // of(k, z) for every `lanes`-th bin from `lane` to `end`. A pointer walks: out of k an address in
+  // shared memory takes ten instructions.
+  template <typename F>
+  GFL_MEMBER void walk(int lane, int lanes, int end, const F& of) const {
+    const T* at = z(lane);
+    const Step ahead = lanes * pred_step;
+#pragma unroll 1
+    for (int k = lane; k < end; k += lanes, at += ahead) of(k, widen(*at));
+  }
 };
 
 // What the loss and the gradient of a row have in common.
@@ -231,18 +240,41 @@ GFL_DEVICE void next_highest(const Bins<T, Step>& bins, bool read, const Distrib
   const int count = s.bins, lanes = 1 << s.lane_bits;
   A best = static_cast<A>(-INFINITY);
   int at = count;
-  if (read) {
-    for (int k = lane; k < count; k += lanes) {
-      const A z = widen(*bins.z(k));
-      const bool after = z < *value || (z == *value && k > *place);
-      if (after && z > best) {
-        best = z;
-        at = k;
-      }
+  bins.walk(lane, lanes, read ? count : 0, [&](int k, A z) {
+    const bool after = z < *value || (z == *value && k > *place);
+    if (after && z > best) {
+      best = z;
+      at = k;
     }
-  }
+  });
   *value = max_lanes(best, lanes);
   *place = -static_cast<int>(max_lanes(static_cast<A>(best == *value ? -at : -count), lanes));
+}
+
+// The n highest logits of a thread's own row, by the same rules, in one pass.
+template <typename T, typename Step, typename A, int n>
+GFL_DEVICE void list_highest(const Bins<T, Step>& bins, int end, int none, A (&values)[n],
+                             int (&places)[n]) {
+#pragma unroll
+  for (int j = 0; j < n; ++j) {
+    values[j] = static_cast<A>(-INFINITY);
+    places[j] = none;
+  }
+  bins.walk(0, 1, end, [&](int k, A z) {
+    // It takes the place of the first lower one, and all from there on move down by one.
+    A moved = z;
+    int at = k;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      const bool above = z > values[j];
+      const A lower = above ? values[j] : moved;
+      const int its_place = above ? places[j] : at;
+      values[j] = above ? moved : values[j];
+      places[j] = above ? at : places[j];
+      moved = lower;
+      at = its_place;
+    }
+  });
 }
 
 // A summary of a row into `out`, and its gradient out of `upstream`, of which one may be null, by
@@ -253,9 +285,7 @@ GFL_DEVICE void summarise_row(const Bins<T, Step>& bins, bool read, const void* 
                               const A* upstream, A* out, const DistributionShape& s, int lane) {
   const int count = s.bins, lanes = 1 << s.lane_bits, end = read ? count : 0;
   const bool statistics = s.kind == kStatistics, moments = s.kind == kMoments;
-  const auto each = [&](const auto& of) {
-    for (int k = lane; k < end; k += lanes) of(k, A(widen(*bins.z(k))));
-  };
+  const auto each = [&](const auto& of) { bins.walk(lane, lanes, end, of); };
   const auto value_of = [&](int k) { return bin_value<A>(values, s.values, k); };
   const auto from_upstream = [&](int j) { return read ? upstream[j * s.upstream.column] : A(0); };
   const auto write = [&](int j, A value) {
@@ -287,7 +317,19 @@ GFL_DEVICE void summarise_row(const Bins<T, Step>& bins, bool read, const void* 
   A inverse = reciprocal(sum);
   if (statistics) {
     const A share = A(1) / s.topk;
+    constexpr int kListed = 4;  // GFLv2's topk
+    const bool listed = lanes == 1 && s.topk <= kListed;
+    A values_listed[kListed];
+    int places_listed[kListed];
+    if (listed) list_highest(bins, end, count, values_listed, places_listed);
     const auto each_place = [&](const auto& of) {
+      if (listed) {
+#pragma unroll
+        for (int j = 0; j < kListed; ++j) {
+          if (j < s.topk) of(j, places_listed[j], exponential(values_listed[j] - high) * inverse);
+        }
+        return;
+      }
       A value = static_cast<A>(INFINITY);
       int place = -1;
 #pragma unroll 1

@@ -12,7 +12,7 @@ const void* quality_general_kernel_at(int dtype);
 const void* distribution_kernel_at(int dtype, int bins);
 const void* distribution_general_kernel_at(int dtype);
 const void* finish_kernel_at(int dtype);  // of the loss
-const void* distillation_kernel_at(int dtype);
+const void* distillation_kernel_at(int dtype, int held);
 const void* decode_kernel_at(int dtype);
 const void* score_kernel_at(int dtype);  // of cls
 const void* head_class_kernel_at(int dtype, int variant);

@@ -38,7 +38,7 @@ const void* find(const Launch& launch) {
     case kHeadBoxGradKernel:
       return head_box_grad_kernel_at(launch.dtype);
     case kDistillationKernel:
-      return distillation_kernel_at(launch.dtype);
+      return distillation_kernel_at(launch.dtype, launch.variant);
     case kDecodeKernel:
       return decode_kernel_at(launch.dtype);
     case kScoreKernel:

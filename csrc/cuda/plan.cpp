@@ -166,6 +166,20 @@ int quality_layout(const Operand& operand, const Steps& steps, int64_t classes) 
   return operand.column == 1 ? 0 : -1;
 }
 
+// What quality_kernel takes a loss for: 0, kProbabilities, kFamily, or -1 if it does not know it.
+int quality_kind(const QualityProblem& q) {
+  switch (q.form) {
+    case GFL_LOGITS:  // with beta = 0 it is binary cross entropy
+      return q.beta == 2 ? 0 : q.beta == 0 ? kFamily : -1;
+    case GFL_PROBABILITIES:
+      return q.beta == 2 ? kProbabilities : -1;
+    case GFL_BALANCED:
+      return q.beta == 2 ? kFamily : -1;
+    default:
+      return on_probabilities(q.form) ? -1 : kFamily;
+  }
+}
+
 void plan_quality(const QualityProblem& q, bool sum, QualityShape* s, Launch* launch) {
   const bool dense = !q.score.data, has_loss = sum || q.loss.data;
   const int64_t vector = vector_size(q.pred.dtype);
@@ -174,9 +188,9 @@ void plan_quality(const QualityProblem& q, bool sum, QualityShape* s, Launch* la
   const bool target_fits =
       !dense || (quality_layout(q.target, s->target, q.classes) == layout &&
                  (q.target.dtype == q.pred.dtype || q.target.dtype == GFL_FLOAT32));
-  if (layout < 0 || !same || !target_fits || q.pred.dtype == GFL_FLOAT64 ||
-      (q.form == GFL_PROBABILITIES && has_loss && q.grad.data) || q.form > GFL_PROBABILITIES ||
-      q.beta != 2 || q.weight_per_class || q.classes > kSmall / 4 ||
+  const int kind = quality_kind(q);
+  if (layout < 0 || !same || !target_fits || q.pred.dtype == GFL_FLOAT64 || kind < 0 ||
+      (kind != 0 && has_loss && q.grad.data) || q.weight_per_class || q.classes > kSmall / 4 ||
       !simple(s->rows,
               {&s->pred, &s->target, &s->score, &s->weight, &s->upstream, &s->loss, &s->grad})) {
     set_kernel(launch, kQualityGeneralKernel, q.pred.dtype);
@@ -184,8 +198,8 @@ void plan_quality(const QualityProblem& q, bool sum, QualityShape* s, Launch* la
     set_grid(launch, ceil_div(s->rows.count, kQualityThreads >> s->lane_bits), kQualityThreads);
     return;
   }
-  const int variant = (has_loss ? kLoss : 0) | (q.grad.data ? kGrad : 0) | (dense ? kDense : 0) |
-                      layout | (q.form == GFL_PROBABILITIES ? kProbabilities : 0);
+  const int variant =
+      (has_loss ? kLoss : 0) | (q.grad.data ? kGrad : 0) | (dense ? kDense : 0) | layout | kind;
   set_kernel(launch, kQualityKernel, q.pred.dtype, variant);
   s->target_is_float = q.target.dtype == GFL_FLOAT32 && q.pred.dtype != GFL_FLOAT32;
   if (layout == kPlanes) {
@@ -600,6 +614,9 @@ void plan(const char* name, const gfl_quality_args& args, double* workspace, Pla
   s.beta = q.beta;
   s.form = q.form;
   s.flags = q.flags;
+  s.background_alpha = static_cast<float>(background_alpha(q.form, q.alpha));
+  s.gamma = static_cast<float>(q.beta);
+  s.detach = detaches_weight(q.form, q.flags);
   s.weight_per_class = q.weight_per_class;
   s.pred = steps_of(q.pred, q.ndim);
   s.target = steps_of(q.target, q.ndim);
@@ -671,9 +688,17 @@ void plan(const char* name, const gfl_distillation_args& args, double* workspace
   s.upstream = steps_of(d.grad_loss, d.ndim);
   s.loss = steps_of(d.loss, d.ndim);
   s.grad = steps_of(d.grad, d.ndim);
-  s.lane_bits = d.pred.column == 1 ? std::max(3, lane_bits_for(d.bins)) : 0;
+  s.simple = simple(s.rows, {&s.pred, &s.teacher, &s.weight, &s.upstream, &s.loss, &s.grad});
+  const bool neighbours =
+      d.pred.column == 1 && d.teacher.column == 1 && (!d.grad.data || d.grad.column == 1);
+  const bool held = neighbours && d.pred.dtype != GFL_FLOAT64 && d.bins <= 32 * kHeldBins;
+  if (held) {
+    while (kHeldBins << s.lane_bits < d.bins) ++s.lane_bits;
+  } else if (d.pred.column == 1) {
+    s.lane_bits = std::max(3, lane_bits_for(d.bins));
+  }
   Launch* const launch = &plan->launches[plan->count++];
-  set_kernel(launch, kDistillationKernel, d.pred.dtype);
+  set_kernel(launch, kDistillationKernel, d.pred.dtype, held ? kHeldBins : 0);
   set_grid(launch, ceil_div(s.rows.count, kDistributionThreads >> s.lane_bits),
            kDistributionThreads);
   for (const Operand* operand : {&d.pred, &d.teacher, &d.weight, &d.grad_loss}) {

@@ -1,7 +1,7 @@
-// Quality Focal Loss with beta = 2, on logits or probabilities. Two layouts: rows, whose classes
-// are neighbours, with `lanes` threads to a row; and planes (NCHW), where neighbouring rows are,
-// with a warp to 32 vectors of rows and the classes dealt out to the warps of a block. A thread
-// computes the 16 bytes that it has loaded.
+// Quality Focal Loss with beta = 2, on logits or probabilities, and the rest of its family on
+// logits. Two layouts: rows, whose classes are neighbours, with `lanes` threads to a row; and
+// planes (NCHW), where neighbouring rows are, with a warp to 32 vectors of rows and the classes
+// dealt out to the warps of a block. A thread computes the 16 bytes that it has loaded.
 #define GFL_APPROXIMATE
 #include "common.h"
 #include "kernels.h"
@@ -9,31 +9,111 @@
 namespace gfl {
 namespace {
 
-// The formulas, on whatever an element is. kHalf: it was a half float.
-template <bool kProbabilities, bool kHalf>
-struct Formula {
-  // As background, an element of this value has loss and gradient 0.
-  static constexpr float kNothing = kProbabilities ? 0.0f : -INFINITY;
+// The element of a vector whose number is known at run time only.
+template <int n>
+GFL_DEVICE float pick(const float (&of)[n], int i) {
+  float found = of[0];
+#pragma unroll
+  for (int j = 1; j < n; ++j) found = j == i ? of[j] : found;
+  return found;
+}
 
-  static GFL_MEMBER LossGrad<float> apply(float x, float q) {
-    return kProbabilities ? quality_probability_loss_grad(x, q, 2.0f)
-                          : quality_square_loss_grad<kHalf>(x, q);
+// The formulas, on whatever an element is. kHalf: it was a half float.
+template <int kVariant, bool kHalf>
+struct Formula {
+  static constexpr int kKind = kVariant & (kProbabilities | kFamily);
+  const QualityShape& s;
+
+  // As background, an element of this value has loss and gradient 0.
+  static constexpr float kNothing = kKind == kProbabilities ? 0.0f : -INFINITY;
+
+  GFL_MEMBER LossGrad<float> apply(float x, float q, bool positive) const {
+    if constexpr (kKind == kProbabilities) return quality_probability_loss_grad(x, q, 2.0f);
+    if constexpr (kKind == 0) return quality_square_loss_grad<kHalf>(x, q);
+    const float alpha = static_cast<float>(s.alpha);
+    switch (s.form) {
+#define GFL_CASE(form, beta) \
+  case form:                 \
+    return form_loss_grad<form>(x, q, positive, s.flags, alpha, beta)
+      GFL_CASE(GFL_VARIFOCAL, s.gamma);
+      GFL_CASE(GFL_FOCAL, s.gamma);
+      GFL_CASE(GFL_MATCHABILITY, s.gamma);
+      GFL_CASE(GFL_IOU_AWARE, s.gamma);
+      GFL_CASE(GFL_BALANCED, 2.0f);
+#undef GFL_CASE
+      default:
+        return bce_with_logits_loss_grad(x, q);
+    }
   }
-  // q is 0, as nearly everywhere in a sparse target: two thirds of the instructions.
-  static GFL_MEMBER LossGrad<float> background(float x) {
-    return kProbabilities ? quality_probability_loss_grad<true, kHalf>(x, 0.0f, 2.0f)
-                          : quality_background_loss_grad<kHalf>(x);
-  }
+
+  // Targets are 0, as nearly everywhere in a sparse one: a part of the instructions.
   template <int n>
-  static GFL_MEMBER void apply(const float (&x)[n], const float (&q)[n],
-                               LossGrad<float> (&result)[n]) {
+  GFL_MEMBER void background(const float (&x)[n], LossGrad<float> (&result)[n]) const {
+    if constexpr (kKind == kFamily) {
+      if (s.gamma == 2) {  // asked once for all
 #pragma unroll
-    for (int i = 0; i < n; ++i) result[i] = apply(x[i], q[i]);
+        for (int i = 0; i < n; ++i) {
+          result[i] = background_loss_grad<kHalf>(x[i], s.background_alpha, 2.0f, s.detach);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+          result[i] = background_loss_grad<kHalf>(x[i], s.background_alpha, s.gamma, s.detach);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        result[i] = kKind == kProbabilities
+                        ? quality_probability_loss_grad<true, kHalf>(x[i], 0.0f, 2.0f)
+                        : quality_background_loss_grad<kHalf>(x[i]);
+      }
+    }
   }
+
+  // One element as the label's, all others as background. Of kFamily the code is for one element:
+  // there is a formula for each form.
   template <int n>
-  static GFL_MEMBER void background(const float (&x)[n], LossGrad<float> (&result)[n]) {
+  GFL_MEMBER void labelled(const float (&x)[n], int label, float quality,
+                           LossGrad<float> (&result)[n]) const {
+    if constexpr (kKind == kFamily) {
+      background(x, result);
+      put(apply(pick(x, label), quality, true), label, result);
+    } else {
 #pragma unroll
-    for (int i = 0; i < n; ++i) result[i] = background(x[i]);
+      for (int i = 0; i < n; ++i) result[i] = apply(x[i], i == label ? quality : 0, i == label);
+    }
+  }
+
+  // Of a dense target. Of kFamily most elements are taken to be 0, and the others come one by one.
+  template <int n>
+  GFL_MEMBER void apply(const float (&x)[n], const float (&q)[n],
+                        LossGrad<float> (&result)[n]) const {
+    if constexpr (kKind == kFamily) {
+      background(x, result);
+      unsigned marked = 0;
+#pragma unroll
+      for (int i = 0; i < n; ++i) marked |= q[i] != 0 ? 1u << i : 0;
+#pragma unroll 1
+      for (; marked; marked &= marked - 1) {
+        const int i = __ffs(marked) - 1;
+        const float target = pick(q, i);
+        put(apply(pick(x, i), target, target > 0), i, result);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < n; ++i) result[i] = apply(x[i], q[i], q[i] > 0);
+    }
+  }
+
+ private:
+  template <int n>
+  GFL_MEMBER static void put(const LossGrad<float>& one, int i, LossGrad<float> (&result)[n]) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      result[j].loss = j == i ? one.loss : result[j].loss;
+      result[j].grad = j == i ? one.grad : result[j].grad;
+    }
   }
 };
 
@@ -44,7 +124,8 @@ GFL_DEVICE float quality_rows(const void* pred, const void* target, const void* 
                               float* loss, void* grad, const QualityShape& s) {
   constexpr bool kHasLoss = kVariant & kLoss, kHasGrad = kVariant & kGrad,
                  kSparse = !(kVariant & kDense);
-  using Loss = Formula<(kVariant & kProbabilities) != 0, sizeof(T) == 2>;
+  using Loss = Formula<kVariant, sizeof(T) == 2>;
+  const Loss formula{s};
   constexpr int V = Vector<T>::kSize;
   const int lanes = 1 << s.lane_bits, lane = threadIdx.x & (lanes - 1), classes = s.classes;
   const int together = settled(kQualityThreads >> s.lane_bits);  // rows of a block
@@ -107,28 +188,24 @@ GFL_DEVICE float quality_rows(const void* pred, const void* target, const void* 
           const unsigned place = label - c;
           if (kSparse && !kHasGrad) {
             if (place < V) {
-              float hit = x[0];
+              const float hit = pick(x, place);
 #pragma unroll
-              for (int i = 0; i < V; ++i) {
-                hit = i == place ? x[i] : hit;
-                x[i] = i == place ? Loss::kNothing : x[i];
-              }
-              row_loss += Loss::apply(hit, quality).loss;
+              for (int i = 0; i < V; ++i) x[i] = i == place ? Loss::kNothing : x[i];
+              row_loss += formula.apply(hit, quality, true).loss;
             }
-            Loss::background(x, r);
+            formula.background(x, r);
             if (kHasLoss) add_losses(r);
           } else if (kSparse && place >= V) {
-            Loss::background(x, r);
+            formula.background(x, r);
             if (kHasLoss) add_losses(r);
           } else {
-            float q[V];
             if constexpr (kSparse) {
-#pragma unroll
-              for (int i = 0; i < V; ++i) q[i] = i == place ? quality : 0;
+              formula.labelled(x, place, quality, r);
             } else {
+              float q[V];
               load_qualities<T>(q_row + static_cast<int64_t>(c) * q_bytes, s.target_is_float, q);
+              formula.apply(x, q, r);
             }
-            Loss::apply(x, q, r);
             if (kHasLoss) add_losses(r);
           }
           if (kHasGrad) {
@@ -144,7 +221,8 @@ GFL_DEVICE float quality_rows(const void* pred, const void* target, const void* 
             const int c = i < head ? i : i - head + tail;
             const float q = kSparse ? (c == label ? quality : 0.0f)
                                     : load_quality<T>(target, s.target_is_float, target_at + c);
-            const LossGrad<float> one = Loss::apply(widen(x_row[c]), q);
+            const bool positive = kSparse ? c == label : q > 0;
+            const LossGrad<float> one = formula.apply(widen(x_row[c]), q, positive);
             if (kHasLoss) row_loss += one.loss;
             if (kHasGrad) narrow(one.grad * row_factor, g_row + c);
           }
@@ -205,7 +283,8 @@ GFL_DEVICE float quality_planes(const void* pred, const void* target, const void
                                 float* loss, void* grad, const QualityShape& s) {
   constexpr bool kHasLoss = kVariant & kLoss, kHasGrad = kVariant & kGrad,
                  kSparse = !(kVariant & kDense);
-  using Loss = Formula<(kVariant & kProbabilities) != 0, sizeof(T) == 2>;
+  using Loss = Formula<kVariant, sizeof(T) == 2>;
+  const Loss formula{s};
   constexpr int V = Vector<T>::kSize, kWarps = kQualityThreads / 32, kTile = 32 * V;
   extern __shared__ uint4 shared[];
   __shared__ float sums[kHasLoss ? kWarps * kTile : 1];
@@ -308,23 +387,28 @@ GFL_DEVICE float quality_planes(const void* pred, const void* target, const void
       if (hit) {
         int labels[V];
         mine.load(mine.label, labels);
+        unsigned marked = 0;
 #pragma unroll
-        for (int i = 0; i < V; ++i) {
-          if (labels[i] == c) {
-            const float quality =
-                load_value<float>(score, s.score.dtype, at(row + i * step).offset(s.score));
-            const LossGrad<float> one = Loss::apply(x[i], quality);
-            if (kHasLoss) row_loss[i] += one.loss;
-            if (kHasGrad) mine.hit[i] = one.grad;
-            x[i] = Loss::kNothing;
+        for (int i = 0; i < V; ++i) marked |= labels[i] == c ? 1u << i : 0;
+#pragma unroll 1
+        for (; marked; marked &= marked - 1) {
+          const int i = __ffs(marked) - 1;
+          const float quality =
+              load_value<float>(score, s.score.dtype, at(row + i * step).offset(s.score));
+          const LossGrad<float> one = formula.apply(pick(x, i), quality, true);
+          if (kHasGrad) mine.hit[i] = one.grad;
+#pragma unroll
+          for (int j = 0; j < V; ++j) {
+            if (kHasLoss) row_loss[j] += j == i ? one.loss : 0;
+            x[j] = j == i ? Loss::kNothing : x[j];
           }
         }
         next = mine.next_label(c + parts, s.part_bits, classes);
       }
       if constexpr (kSparse) {
-        Loss::background(x, r);
+        formula.background(x, r);
       } else {
-        Loss::apply(x, q, r);
+        formula.apply(x, q, r);
       }
       if (kHasLoss) {
 #pragma unroll
@@ -418,7 +502,8 @@ const void* find_among(int variant) {
 template <int kDtype>
 const void* find(int variant) {
   return find_among<kDtype, 1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 14, 15,  // logits
-                    17, 18, 21, 22, 25, 26, 29, 30>(variant);         // probabilities
+                    17, 18, 21, 22, 25, 26, 29, 30,                   // probabilities
+                    33, 34, 37, 38, 41, 42, 45, 46>(variant);         // kFamily
 }
 
 }  // namespace

@@ -35,10 +35,18 @@ struct Scale {
   int32_t avg_dtype;
 };
 
-// Quality family. quality_kernel is for Quality Focal Loss with beta = 2 and takes its kind of
-// problem from its template (of probabilities, loss or gradient: no training step asks for both at
-// once); quality_general_kernel takes whatever there is.
-enum QualityVariant { kLoss = 1, kGrad = 2, kDense = 4, kPlanes = 8, kProbabilities = 16 };
+// Quality family. quality_kernel is for Quality Focal Loss with beta = 2 and, as kFamily, for all
+// losses on logits whose background is background_loss_grad's; it takes its kind of problem from
+// its template (but for logits of Quality Focal Loss, loss or gradient: no training step asks for
+// both at once); quality_general_kernel takes whatever there is.
+enum QualityVariant {
+  kLoss = 1,
+  kGrad = 2,
+  kDense = 4,
+  kPlanes = 8,
+  kProbabilities = 16,
+  kFamily = 32
+};
 constexpr int kQualityThreads = 256;
 constexpr int kPlaneRowFloats = 4;  // of shared memory, for each row of a tile of kPlanes
 
@@ -48,6 +56,8 @@ struct QualityShape {
   Scale scale;
   double alpha, beta;
   int32_t form, flags;
+  float background_alpha, gamma;  // kFamily
+  bool detach;
   int64_t classes;
   int64_t tiles, tiles_per_run;  // kPlanes
   int32_t lane_bits;             // 2^lane_bits threads share a row, up to 32
@@ -98,6 +108,9 @@ struct DistributionShape {
   uint32_t bins_magic;
 };
 
+// So many bins each thread of a row has in registers, or 0.
+constexpr int kHeldBins = 5;
+
 struct DistillationShape {
   RowShape rows;
   Steps pred, teacher, weight, upstream, loss, grad;
@@ -105,6 +118,7 @@ struct DistillationShape {
   double inverse_temperature;
   int64_t bins;
   int32_t lane_bits;  // 2^lane_bits threads share a row
+  bool simple;        // a row is found in 32 bits
 };
 
 // Decoding.
