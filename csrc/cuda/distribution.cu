@@ -494,9 +494,20 @@ struct Mover {
   }
 };
 
+// Blocks of an SM that leave a thread as many registers as the compiler asks for there.
+constexpr int distribution_blocks(bool wide, int bins) {
+  if (wide) return 5;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
+  return bins > 17 ? 6 : 8;
+#else
+  return bins > 8 ? 6 : 8;
+#endif
+}
+
 // kBins: known in advance, and a thread to each row; 0: any number; or kSummary.
 template <int kDtype, int kBins>
-__global__ void __launch_bounds__(kDistributionThreads, kDtype == GFL_FLOAT64 || kBins > 17 ? 6 : 8)
+__global__ void __launch_bounds__(kDistributionThreads,
+                                  distribution_blocks(kDtype == GFL_FLOAT64, kBins))
     distribution_kernel(const void* pred, const void* target, const void* weight_left,
                         const void* weight_right, const void* weight, const void* upstream,
                         const void* avg_factor, const void* values, void* loss, double* partials,
