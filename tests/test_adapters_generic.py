@@ -13,6 +13,12 @@ from torch import nn
 
 from gfl_kernels.adapters import accelerate, restore
 
+try:
+    from torchvision.ops import boxes as torchvision_boxes
+    from torchvision.ops import sigmoid_focal_loss as torchvision_focal
+except ImportError:
+    torchvision_boxes = torchvision_focal = None
+
 
 def weighted_loss(loss_func):
     @functools.wraps(loss_func)
@@ -124,6 +130,72 @@ class DFINECriterion(nn.Module):
         if avg_factor is not None:
             return loss.sum() / avg_factor
         return {"none": lambda x: x, "mean": torch.mean, "sum": torch.sum}[reduction](loss)
+
+
+class DETRCriterion(nn.Module):
+    """The parts of RT-DETR's, D-FINE's and DEIM's criteria around their classification losses."""
+
+    def __init__(self, num_classes=4, alpha=0.2, gamma=2.0, mal_alpha=None):
+        nn.Module.__init__(self)  # see python_module
+        self.num_classes, self.alpha, self.gamma = num_classes, alpha, gamma
+        self.mal_alpha = mal_alpha
+
+    def _get_src_permutation_idx(self, indices):
+        images = [torch.full_like(queries, i) for i, (queries, _) in enumerate(indices)]
+        return torch.cat(images), torch.cat([queries for queries, _ in indices])
+
+    def _dense(self, outputs, targets, indices, values):
+        """(one-hot classes, IoU there) of every query."""
+        x, queries = outputs["pred_logits"], self._get_src_permutation_idx(indices)
+        classes = torch.full(x.shape[:2], self.num_classes)
+        classes[queries] = torch.cat(
+            [t["labels"][j] for t, (_, j) in zip(targets, indices, strict=True)]
+        )
+        onehot = F.one_hot(classes, self.num_classes + 1)[..., :-1].to(x.dtype)
+        if values is None:
+            boxes = torch.cat([t["boxes"][j] for t, (_, j) in zip(targets, indices, strict=True)])
+            pairs = (
+                torchvision_boxes.box_convert(b, "cxcywh", "xyxy")
+                for b in (outputs["pred_boxes"][queries], boxes)
+            )
+            values = torchvision_boxes.box_iou(*pairs).diag().detach()
+        score = torch.zeros(x.shape[:2], dtype=x.dtype)
+        score[queries] = values.to(x.dtype)
+        return onehot, score.unsqueeze(-1) * onehot
+
+    def _mean(self, x, target, weight, num_boxes):
+        loss = F.binary_cross_entropy_with_logits(x, target, weight=weight, reduction="none")
+        return loss.mean(1).sum() * x.shape[1] / num_boxes
+
+    def loss_labels_vfl(self, outputs, targets, indices, num_boxes, values=None):
+        x = outputs["pred_logits"]
+        onehot, score = self._dense(outputs, targets, indices, values)
+        weight = self.alpha * x.sigmoid().detach() ** self.gamma * (1 - onehot) + score
+        return {"loss_vfl": self._mean(x, score, weight, num_boxes)}
+
+    def loss_labels_mal(self, outputs, targets, indices, num_boxes, values=None):
+        x = outputs["pred_logits"]
+        onehot, score = self._dense(outputs, targets, indices, values)
+        weight = x.sigmoid().detach() ** self.gamma * (1 - onehot)
+        weight = weight if self.mal_alpha is None else self.mal_alpha * weight
+        return {"loss_mal": self._mean(x, score**self.gamma, weight + onehot, num_boxes)}
+
+    def loss_labels_focal(self, outputs, targets, indices, num_boxes):
+        x = outputs["pred_logits"]
+        onehot, _ = self._dense(outputs, targets, indices, None)
+        loss = torchvision_focal(x, onehot, self.alpha, self.gamma, reduction="none")
+        return {"loss_focal": loss.mean(1).sum() * x.shape[1] / num_boxes}
+
+
+class ThroughTheWeight(DETRCriterion):
+    """Its gradient is another, though its loss is not."""
+
+    def loss_labels_vfl(self, outputs, targets, indices, num_boxes, values=None):
+        x = outputs["pred_logits"]
+        onehot, score = self._dense(outputs, targets, indices, values)
+        weight = self.alpha * x.sigmoid() ** self.gamma * (1 - onehot) + score
+        loss = weight * F.binary_cross_entropy_with_logits(x, score, reduction="none")
+        return {"loss_vfl": loss.sum() / num_boxes}
 
 
 class QualityFocalLoss(nn.Module):
@@ -250,10 +322,53 @@ def test_dfine():
         )
 
 
+@pytest.mark.parametrize("loss", ["vfl", "mal", "focal"])
+@pytest.mark.parametrize("given", [False, True])
+def test_criteria_of_the_detr_family(loss, given):
+    pytest.importorskip("torchvision", reason="the criteria need torchvision")
+    module = python_module(Criterion=DETRCriterion)
+    criterion = module.Criterion(num_classes=11, alpha=0.7, gamma=1.5, mal_alpha=0.4)
+    counts, queries = (2, 0, 3), 8
+    boxes = torch.rand(3, queries, 4) * 0.3 + 0.3
+    indices = [(torch.randperm(queries)[:n], torch.randperm(n)) for n in counts]
+    classes = [torch.randint(11, (n,)) for n in counts]
+    values = {"values": torch.rand(sum(counts))} if given and loss != "focal" else {}
+
+    def call(x):
+        outputs = {"pred_logits": x, "pred_boxes": boxes.to(x.dtype)}
+        targets = [
+            {"labels": label, "boxes": boxes[i, : len(label)].to(x.dtype) + 0.05}
+            for i, label in enumerate(classes)
+        ]
+        (value,) = getattr(criterion, f"loss_labels_{loss}")(
+            outputs, targets, indices, 5.0, **values
+        ).values()
+        return value
+
+    check(call, logits(3, queries, 11), module)
+    with accelerate(module) as report:
+        assert f"somebody.losses.Criterion.loss_labels_{loss}" in report.replaced
+
+
+def test_a_criterion_with_another_gradient_is_left_and_named():
+    pytest.importorskip("torchvision", reason="the criteria need torchvision")
+    module = python_module(Criterion=ThroughTheWeight)
+    with accelerate(module) as report:
+        assert report.replaced == []
+    (reason,) = report.left.values()
+    assert reason == "its numbers are not those of the loss that is known by this name"
+    model = nn.ModuleDict({"criterion": renamed(DETRCriterion, "Criterion", "somebody")()})
+    with accelerate(model) as report:
+        assert report.replaced == [
+            f"criterion.loss_labels_{loss}" for loss in ("vfl", "mal", "focal")
+        ]
+    assert "loss_labels_vfl" not in vars(model["criterion"])
+
+
 @pytest.mark.parametrize(
     "name, member, why",
     [
-        ("quality_focal_loss", one_based, "its numbers are not those of mmdetection's function"),
+        ("quality_focal_loss", one_based, "its numbers are not those of the loss"),
         ("quality_focal_loss", per_class, "it could not be tried|it returns"),
         ("distribution_focal_loss", lambda pred, label: pred, r"its signature is another: \(pred"),
         ("Integral", SixSides, "it could not be tried|it returns"),

@@ -387,6 +387,22 @@ def test_left_index_dtypes(backend, left_dtype):
     )
 
 
+@pytest.mark.parametrize("dim", [1, -1])
+def test_a_left_index_that_is_not_whole_is_truncated(backend, dim):
+    """D-FINE's clamp ends at 31.9, beyond which the weight is on the right bin, 32."""
+    bins = 33
+    left, weight_left, weight_right = explicit_target((9, 40), bins, device=backend.device)
+    pred = logits(9, 40, bins, device=backend.device).movedim(-1, dim)
+    left = left + torch.rand(left.shape).to(backend.device) * 0.99
+    left[:, ::5] = 31.9
+    target = left, weight_left, weight_right
+    whole = left.long(), weight_left, weight_right
+    got = distribution_focal_loss(pred, target, reduction="none", bin_dim=dim)
+    expected = distribution_focal_loss(pred, whole, reduction="none", bin_dim=dim)
+    torch.testing.assert_close(got, expected)
+    check_op("distribution", pred, target, reduction="none", bin_dim=dim, what="left + fraction")
+
+
 def test_left_index_beyond_the_bins_is_clamped(backend):
     """The kernels index with it: a wrong left index must not read or write outside the row."""
     pred = logits(5, 6, device=backend.device)

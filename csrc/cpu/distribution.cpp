@@ -127,7 +127,8 @@ class Distribution {
       for (int i = 0; i < n; i += kN) {
         const V left = load(left_ + i);
         const auto at_last = left >= last;
-        store(left_ + i, select(at_last, broadcast<V>(last), select(left >= A(0), left, V{})));
+        const V inside = select(left >= A(0), floor_small(left), V{});  // D-FINE's end at 31.9
+        store(left_ + i, select(at_last, broadcast<V>(last), inside));
         // There is no bin right of the last: its weight goes there too.
         const V wr = load(wr_ + i);
         store(wl_ + i, load(wl_ + i) + select(at_last, wr, V{}));

@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import dispatch
 
-HOSTS = ("mmdet", "ultralytics")
+HOSTS = ("mmdet", "ultralytics", "transformers")
 _ABSENT: Any = object()  # an attribute that its owner inherits
 
 
@@ -159,9 +159,10 @@ def accelerate(target: str | nn.Module | types.ModuleType) -> Report:
     """Let an existing code base compute its GFL losses with gfl_kernels.
 
     Args:
-        target: "mmdet" or "ultralytics": the package, for every head in this process. A model: its
-            own modules alone. A Python module that defines such functions or classes (NanoDet's,
-            GFocalV2's, D-FINE's ...): these, if name, signature and numbers are mmdetection's.
+        target: "mmdet", "ultralytics" or "transformers": the package, for every head in this
+            process. A model: its own modules alone. A Python module that defines such functions or
+            classes (NanoDet's, GFocalV2's, D-FINE's, DEIM's ...): these, if name, signature and
+            numbers are those of mmdetection's functions or RT-DETR's, D-FINE's or DEIM's criteria.
 
     Returns:
         :class:`Report`: print it, or use it as a context manager. Doing the same again replaces
@@ -177,7 +178,11 @@ def accelerate(target: str | nn.Module | types.ModuleType) -> Report:
         target = target.__name__
     if isinstance(target, str):
         report = Report(target)
-        _host(target).plan(report)
+        try:
+            _host(target).plan(report)
+        except BaseException:  # a host without a part that is looked for: nothing stays half done
+            report.restore()
+            raise
     elif isinstance(target, (nn.Module, types.ModuleType)):
         name = target.__name__ if isinstance(target, types.ModuleType) else type(target).__name__
         report = Report(name)

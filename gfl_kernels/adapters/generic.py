@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch
-from . import losses, ultralytics
+from . import detr, losses, ultralytics
 from .core import Report, mismatch, qualified
 
 BINS = 5
@@ -71,8 +71,12 @@ def _replace_first(report, owner, name, candidates, subject, label) -> None:
 def _sample(kind: type) -> Any:
     """An instance to try a method of, or why there is none."""
     try:
-        # Only of an Integral is anything read.
-        return kind() if kind.__name__ == "Integral" else kind.__new__(kind)
+        # Of others than an Integral only CRITERION is read.
+        if kind.__name__ == "Integral":
+            return kind()
+        sample = kind.__new__(kind)
+        vars(sample).update(CRITERION)
+        return sample
     except Exception as error:  # whatever a constructor without arguments raises
         return f"{kind.__name__}() raises {type(error).__name__}: its numbers are unknown"
 
@@ -150,9 +154,9 @@ def _differs(function: Callable, probe: Callable, subject: Any, name: str) -> st
             with dispatch.use_backend("reference"):  # the formula is in question, not its kernels
                 b, grad_b = _evaluate(ours, args, kwargs)
             if a.shape != b.shape:
-                return f"it returns {tuple(a.shape)} where mmdetection's returns {tuple(b.shape)}"
+                return f"it returns {tuple(a.shape)} where {tuple(b.shape)} is expected"
             if not (_close(a, b) and _close(grad_a, grad_b)):
-                return "its numbers are not those of mmdetection's function of this name"
+                return "its numbers are not those of the loss that is known by this name"
     except Exception as error:  # a function that cannot take these arguments
         return f"it could not be tried: {type(error).__name__}: {str(error).splitlines()[0]}"
     return None
@@ -160,9 +164,15 @@ def _differs(function: Callable, probe: Callable, subject: Any, name: str) -> st
 
 def _evaluate(function, args, kwargs) -> tuple[Tensor, Tensor]:
     pred, *others = args
+    outputs = pred if isinstance(pred, dict) else None
+    pred = pred if outputs is None else outputs["logits"]
     with torch.enable_grad():
         leaf = pred.detach().clone().requires_grad_()
-        value = function(leaf, *others, **kwargs)
+        if outputs is not None:  # of a criterion, which returns a dictionary of one loss
+            first = {**outputs, "logits": leaf, "pred_logits": leaf}
+            (value,) = function(first, *others, **kwargs).values()
+        else:
+            value = function(leaf, *others, **kwargs)
         upstream = torch.linspace(0.5, 1.5, value.numel(), device=value.device).view(value.shape)
         (grad,) = torch.autograd.grad(value, leaf, upstream.to(value.dtype))
     return value.detach(), grad
@@ -268,6 +278,28 @@ def _explicit(subject):
     yield (pred, left, a, b, weight), {"reduction": "mean"}
 
 
+def _matches(subject):
+    """Calls of a criterion's loss_labels_*: two images, one match of them without overlap, and an
+    image without any. alpha and gamma are the subject's."""
+    logits = _logits(subject, 3 * 4, subject.num_classes).view(3, 4, -1)
+    device = logits.device
+    x = torch.arange(48, dtype=torch.float32, device=device).view(3, 4, 4)
+    boxes = 0.5 + 0.2 * (x * 0.9).sin()
+    near = boxes[0, [3, 1]] + 0.05
+    apart = torch.tensor([[0.05, 0.05, 0.02, 0.02]], device=device)
+    classes = torch.tensor([subject.num_classes - 1, 0, 0], device=device)
+    targets = [
+        {"labels": label, "class_labels": label, "boxes": wanted}
+        for label, wanted in ((classes[:2], near), (classes[2:], apart), (classes[:0], apart[:0]))
+    ]
+    pairs: list[tuple[list[int], list[int]]] = [([1, 3], [1, 0]), ([2], [0]), ([], [])]
+    indices = [tuple(torch.tensor(side, dtype=torch.int64) for side in pair) for pair in pairs]
+    yield ({"logits": logits, "pred_boxes": boxes}, targets, indices, 2.5), {}
+
+
+# What loss_labels_* read of a criterion that has not been initialised.
+CRITERION = {"num_classes": 4, "alpha": 0.3, "gamma": 1.5, "mal_alpha": None}
+
 Candidates = list[tuple[Callable, Callable]]
 FUNCTIONS: dict[str, Candidates] = {
     "quality_focal_loss": [
@@ -288,6 +320,12 @@ METHODS: dict[tuple[str | None, str], Candidates] = {
         (losses.integral_of_project, _projected),
     ],
     (None, "unimodal_distribution_focal_loss"): [(losses.fine_grained, _explicit)],
+    (None, "loss_labels_vfl"): [(detr.varifocal, _matches), (detr.varifocal_logged, _matches)],
+    (None, "loss_labels_mal"): [
+        (detr.matchability, _matches),
+        (detr.matchability_of_boxes, _matches),
+    ],
+    (None, "loss_labels_focal"): [(detr.focal, _matches), (detr.focal_logged, _matches)],
 }
 # Of single instances only: under a class their functions are replaced.
 MODULES: dict[tuple[str | None, str], Candidates] = {

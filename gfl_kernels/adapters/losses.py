@@ -167,8 +167,13 @@ def integral_of_sides(original, self, x):
 
 def integral_of_project(original, self, x, project):
     """D-FINE's, whose bins are an argument: [..., 4 (reg_max + 1)] -> [..., 4]."""
-    rows = x.reshape(*x.shape[:-1], 4, self.reg_max + 1)
-    return integral(rows, bins=project.to(x.device).view(-1)).to(x.dtype)
+    return integral_of_bins(x, self.reg_max + 1, project)
+
+
+def integral_of_bins(x, count, values):
+    """[..., 4 count] -> [..., 4] in x's dtype."""
+    rows = x.reshape(*x.shape[:-1], 4, count)
+    return integral(rows, bins=values.to(x.device).view(-1)).to(x.dtype)
 
 
 def fine_grained(

@@ -119,7 +119,7 @@ def row_target(target, weight_left, weight_right, row, inside, last, ACC: tl.con
     else:
         wl = row_value(weight_left, row, inside, ACC)
         wr = row_value(weight_right, row, inside, ACC)
-        left = tl.where(t >= last, last, tl.where(t >= 0.0, t, 0.0))
+        left = tl.where(t >= last, last, tl.where(t >= 0.0, tl.floor(t), 0.0))
         # There is no bin right of the last: its weight goes there too.
         wl = tl.where(t >= last, wl + wr, wl)
         wr = tl.where(t >= last, 0.0, wr)
