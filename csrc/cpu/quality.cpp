@@ -214,7 +214,6 @@ class Quality {
     wide_x_ = scratch.take<A>(n);
     wide_grad_ = scratch.take<A>(n);
     ones_ = scratch.take<A>(n);
-    fill(ones_, n, 1);
     if (in_planes(p_)) turned_ = scratch.take<A>(kTurned * kPlaneRows);
     row_weight_ = scratch.take<A>(n);
     row_score_ = scratch.take<A>(n);
@@ -223,6 +222,7 @@ class Quality {
     positive_ = scratch.take<int64_t>(n);
     hits_ = scratch.take<int64_t>(n);
     square_ = p_.beta == 2 && p_.form == GFL_LOGITS;
+    if (!square_) fill(ones_, n, 1);  // which has loops without weights
     const bool by_label = p_.score.data && has_positives(p_.form);
     no_label_ = by_label ? kNoLabel<A> : 0;
     above_ = by_label ? kNoLabel<double> : 0;
