@@ -252,10 +252,14 @@ def qualified(owner: Any, name: str) -> str:
     return f"{kind.__module__}.{kind.__qualname__}.{name}"
 
 
-def check_version(package: str, found: str, supported: str, known: bool) -> None:
-    if not known:
+def check_version(report: Report, package: str, *supported: str) -> None:
+    """Names the package in the report. supported: a version, or how it begins, with a dot last."""
+    found = import_module(package).__version__
+    report.target = f"{package} {found}"
+    if not any(found.startswith(v) if v.endswith(".") else found == v for v in supported):
+        known = " or ".join(f"{v}x" if v.endswith(".") else v for v in supported)
         raise RuntimeError(
-            f"accelerate: {package} {found} is not supported, {supported} is; its losses may have "
+            f"accelerate: {package} {found} is not supported, {known} is; its losses may have "
             "changed. accelerate(module) on its Python modules replaces what it can verify."
         )
 

@@ -46,9 +46,7 @@ class _CompiledOps(types.ModuleType):
 
 
 def plan(report: Report) -> None:
-    version = import_module("mmdet").__version__
-    report.target = f"mmdet {version}"
-    check_version("mmdet", version, " or ".join(SUPPORTED), version in SUPPORTED)
+    check_version(report, "mmdet", *SUPPORTED)
     gfl_head = import_module("mmdet.models.dense_heads.gfl_head")
     gfocal_loss = import_module("mmdet.models.losses.gfocal_loss")
     varifocal_loss = import_module("mmdet.models.losses.varifocal_loss")

@@ -15,9 +15,7 @@ SUPPORTED = "5."
 
 
 def plan(report: Report) -> None:
-    version = import_module("transformers").__version__
-    report.target = f"transformers {version}"
-    check_version("transformers", version, f"{SUPPORTED}x", version.startswith(SUPPORTED))
+    check_version(report, "transformers", SUPPORTED)
     rt_detr = import_module("transformers.loss.loss_rt_detr")
     d_fine = import_module("transformers.loss.loss_d_fine")
 

@@ -18,9 +18,7 @@ SUPPORTED = "8.4."
 
 
 def plan(report: Report) -> None:
-    version = import_module("ultralytics").__version__
-    report.target = f"ultralytics {version}"
-    check_version("ultralytics", version, f"{SUPPORTED}x", version.startswith(SUPPORTED))
+    check_version(report, "ultralytics", SUPPORTED)
     block = import_module("ultralytics.nn.modules.block")
     loss = import_module("ultralytics.utils.loss")
 
