@@ -83,7 +83,11 @@ WORK = {
     ("focal", "dense"): _loss(lambda n, c, b: c * b),
     ("focal", "sparse"): _loss(lambda n, c, b: 8),
     ("mal", "sparse"): _loss(lambda n, c, b: 8 + b),
+    ("ia_bce", "sparse"): _loss(lambda n, c, b: 8 + b),
+    ("psl", "dense"): _loss(lambda n, c, b: c * b),
+    ("bce", "dense"): _loss(lambda n, c, b: c * b),
     ("dfl", ""): _loss(lambda n, c, b: 4),  # float32 also with half logits
+    ("fgl", ""): _loss(lambda n, c, b: 16),  # int64 left bin and two float32 weights
     ("integral", ""): _summary(1),  # the mean bin
     ("peak", ""): _summary(1),
     ("statistics", ""): _summary(5),  # four probabilities and their mean
@@ -158,6 +162,9 @@ MOMENTS = Case("moments", "", (SIDES, 17), passes=PASSES)
 VFL = Case("vfl", "dense", (COCO, 80), note="VFNet, PicoDet", weighted=False, quick=True)
 FOCAL = Case("focal", "dense", (COCO, 80), note="torchvision", weighted=False, quick=True)
 MAL = Case("mal", "sparse", (COCO, 80), note="DEIM", weighted=False, quick=True)
+IA_BCE = Case("ia_bce", "sparse", (COCO, 80), note="RF-DETR", weighted=False, quick=True)
+PSL = Case("psl", "dense", (COCO, 80), note="Stable-DINO", weighted=False, quick=True)
+BCE = Case("bce", "dense", (COCO, 80), note="task-aligned heads", weighted=False, quick=True)
 DECODE = Case("decode", "", (SIDES, 17), note="boxes, clipped", passes=(FORWARD,))
 DECODE_SCORED = Case(
     "decode", "scored", (SIDES, 17), note="and the best of 80 classes", passes=(FORWARD,)
@@ -184,6 +191,9 @@ CASES = (
     FOCAL,
     Case("focal", "sparse", (COCO, 80), note="labels", weighted=False),
     MAL,
+    IA_BCE,
+    PSL,
+    BCE,
     DFL_LARGE,
     Case("dfl", "", (SIDES, 16)),
     Case("dfl", "", (SIDES, 8)),
@@ -194,6 +204,7 @@ CASES = (
     Case("dfl", "", (FEW_SIDES, 16)),
     Case("dfl", "", (FEW_SIDES, 8)),
     Case("dfl", "", (FEW_SIDES, 33)),
+    Case("fgl", "", (SIDES, 33), note="D-FINE"),
     INTEGRAL,
     Case("integral", "", (SIDES, 17), "bfloat16"),
     Case("integral", "", (SIDES, 17), "float16"),
@@ -244,6 +255,9 @@ REQUIREMENTS = (
     Requirement("VFL 44800 x 80 dense against eager", "eager", VFL, 10, None, True),
     Requirement("Focal Loss 44800 x 80 dense against eager", "eager", FOCAL, 10, None, True),
     Requirement("MAL 44800 x 80 sparse against eager", "eager", MAL, 10, None, True),
+    Requirement("IA-BCE 44800 x 80 sparse against eager", "eager", IA_BCE, 10, None, True),
+    Requirement("Position-supervised 44800 x 80 dense against eager", "eager", PSL, 10, None, True),
+    Requirement("BCE 44800 x 80 dense against eager", "eager", BCE, 10, None, True),
     *_speedups("DFL 179200 x 17", DFL_LARGE, (13, 18), (5, 7.5)),
     *_speedups("DFL 2400 x 17", DFL_SMALL, (5, 8), (5, 6.5)),
     *_speedups("Integral 179200 x 17", INTEGRAL, (4.5, 6), (3.5, 4.5)),

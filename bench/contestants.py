@@ -29,6 +29,9 @@ NOT_QUICK = {
     "vfl": ["as is"],
     "focal": ["as is"],
     "mal": ["as is"],
+    "ia_bce": ["as is"],
+    "psl": ["as is"],
+    "bce": ["as is"],
     "dfl": ["one log-softmax"],
 }
 SEED = 20201
@@ -47,6 +50,15 @@ FAMILY = {
     ("focal", "dense"): (eager.sigmoid_focal_loss, gfl_kernels.sigmoid_focal_loss),
     ("focal", "sparse"): (eager.focal_loss_of_labels, gfl_kernels.sigmoid_focal_loss),
     ("mal", "sparse"): (eager.matchability_aware_loss, gfl_kernels.matchability_aware_loss),
+    ("ia_bce", "sparse"): (eager.ia_bce_loss, gfl_kernels.ia_bce_loss),
+    ("psl", "dense"): (
+        eager.position_supervised_loss,
+        partial(gfl_kernels.quality_focal_loss, alpha=0.25),
+    ),
+    ("bce", "dense"): (
+        eager.task_aligned_bce,
+        partial(gfl_kernels.quality_focal_loss, beta=0),
+    ),
 }
 
 
@@ -68,6 +80,7 @@ def make_inputs(case: Case, constant: float | None = None, device: str = "cpu") 
     n, c = case.rows, case.width
     maker = {
         "dfl": _distribution_inputs,
+        "fgl": _fine_grained_inputs,
         "ld": _distillation_inputs,
         "decode": _decode_inputs,
         **dict.fromkeys(SUMMARIES, _summary_inputs),
@@ -126,6 +139,13 @@ def _distribution_inputs(case: Case, n: int, k: int, dtype, random) -> Inputs:
     return Inputs(logits, target, weight, float(weight.sum()), None)
 
 
+def _fine_grained_inputs(case: Case, n: int, k: int, dtype, random) -> Inputs:
+    inputs = _distribution_inputs(case, n, k, dtype, random)
+    bins = torch.linspace(-1, 1, k) ** 3  # close to each other in the middle, as D-FINE's
+    inputs.target = gfl_kernels.bin_weights(torch.rand(n, generator=random) * 2 - 1, bins)
+    return inputs
+
+
 def _summary_inputs(case: Case, n: int, k: int, dtype, random) -> Inputs:
     logits = (torch.randn(n // 4, 4 * k, generator=random) * 2).to(dtype)
     values = {"statistics": (5,), "moments": (3,)}.get(case.op, ())
@@ -180,9 +200,10 @@ def terms(case: Case, inputs: Inputs) -> Tensor:
         return upstream.repeat_interleave(case.width, 1) * (case.width - 1)
     target, divisor = inputs.target, _divisor(case, inputs)
     if case.op == "ld":
-        size = torch.full((case.rows,), 10.0 / case.width)  # T^2 / T, the mean over bins
-    elif case.op == "dfl":
-        size = torch.ones_like(target)
+        # T^2 / T, the mean over bins
+        size = torch.full((case.rows,), 10.0 / case.width, device=inputs.logits.device)
+    elif case.op in ("dfl", "fgl"):
+        size = torch.ones(case.rows, device=inputs.logits.device)
     elif isinstance(target, tuple):
         size = (target[1] > 0).float()
     elif target.dim() == 1:
@@ -228,11 +249,15 @@ def _truth_rows(case: Case, inputs: Inputs, part: slice, x: Tensor) -> Tensor:
         taught = inputs.target[part].double()
         total = reference.localization_distillation_loss(x, taught, weight=weight, reduction="sum")
         return total / divisor
-    if case.op == "dfl":
-        target = inputs.target[part].double()
-        return (
-            reference.distribution_focal_loss(x, target, weight=weight, reduction="sum") / divisor
-        )
+    if case.op in ("dfl", "fgl"):
+        if case.op == "dfl":
+            target = inputs.target[part].double()
+        else:
+            left, *weights = (t[part] for t in inputs.target)
+            target = (left, *(w.double() for w in weights))
+        with gfl_kernels.use_backend("reference"):
+            total = gfl_kernels.distribution_focal_loss(x, target, weight=weight, reduction="sum")
+        return total / divisor
     if isinstance(inputs.target, tuple):
         label, score = inputs.target
         target = (label[part], score[part].double())
@@ -380,6 +405,16 @@ def forms(case: Case, inputs: Inputs) -> tuple[Callable, dict[str, Callable], Ca
                 ),
                 "hat": lambda x: hat_distribution(x, target, weight, avg_factor=avg_factor),
             },
+            lambda x: gfl_kernels.distribution_focal_loss(
+                x, target, weight=weight, avg_factor=avg_factor
+            ),
+        )
+    if case.op == "fgl":
+        return (
+            lambda x: eager.fine_grained_localization_loss(
+                x, target, weight, avg_factor=avg_factor
+            ),
+            {},
             lambda x: gfl_kernels.distribution_focal_loss(
                 x, target, weight=weight, avg_factor=avg_factor
             ),

@@ -22,7 +22,10 @@ with is what people run today.
 | Head.forward, .head_loss_single    | dense_heads/gfl_head.py loss_by_feat, loss_by_feat_single |
 
 Not from mmdetection: sigmoid_focal_loss is torchvision 0.29.1's, detached_varifocal_loss D-FINE's
-loss_labels_vfl, matchability_aware_loss DEIM's loss_labels_mal, both after matching.
+loss_labels_vfl, matchability_aware_loss DEIM's loss_labels_mal, ia_bce_loss and
+position_supervised_loss what RF-DETR's loss_labels chooses from, task_aligned_bce what YOLOv8's
+v8DetectionLoss takes, fine_grained_localization_loss D-FINE's unimodal_distribution_focal_loss;
+all after matching.
 
 Head begins where targets have been assigned. Shapes: N rows (anchors), C classes, K = reg_max + 1
 bins.
@@ -132,6 +135,35 @@ def matchability_aware_loss(pred: Tensor, target, gamma=1.5) -> Tensor:
     return F.binary_cross_entropy_with_logits(pred, target_score, weight=weight, reduction="none")
 
 
+def ia_bce_loss(pred: Tensor, target, alpha=0.25, gamma=2) -> Tensor:
+    """IA-BCE; target (label [N], IoU [N]). A loss per element."""
+    label, iou = target
+    rows = (label < pred.shape[1]).nonzero().squeeze(1)
+    positive = rows, label[rows]
+    prob = pred.sigmoid()
+    pos_weights = torch.zeros_like(pred)
+    neg_weights = prob**gamma
+    t = prob[positive].pow(alpha) * iou[rows].pow(1 - alpha)
+    t = torch.clamp(t, 0.01).detach().type_as(pred)
+    pos_weights[positive] = t
+    neg_weights[positive] = 1 - t
+    return neg_weights * pred - F.logsigmoid(pred) * (pos_weights + neg_weights)
+
+
+def position_supervised_loss(pred: Tensor, target: Tensor, alpha=0.25, gamma=2) -> Tensor:
+    """The position-supervised loss with dense targets; a loss per element."""
+    prob = pred.sigmoid()
+    ce_loss = F.binary_cross_entropy_with_logits(pred, target, reduction="none")
+    loss = ce_loss * (torch.abs(target - prob) ** gamma)
+    alpha_t = alpha * (target > 0.0).float() + (1 - alpha) * (target <= 0.0).float()
+    return alpha_t * loss
+
+
+def task_aligned_bce(pred: Tensor, target: Tensor) -> Tensor:
+    """Binary cross entropy against dense task-aligned scores; a loss per element."""
+    return F.binary_cross_entropy_with_logits(pred, target.to(pred.dtype), reduction="none")
+
+
 def quality_focal_loss_tensor_target(
     pred: Tensor,
     target: Tensor,
@@ -170,6 +202,16 @@ def distribution_focal_loss(
         + F.cross_entropy(pred, right, reduction="none") * weight_right
     )
     return weight_reduce_loss(loss, weight, reduction, avg_factor)
+
+
+def fine_grained_localization_loss(pred: Tensor, target, weight=None, *, avg_factor=None) -> Tensor:
+    """FGL on logits [N, K]; target (left bin [N], its weight [N], the right one's [N])."""
+    left, weight_left, weight_right = target
+    right = left + 1
+    loss = F.cross_entropy(pred, left, reduction="none") * weight_left.reshape(
+        -1
+    ) + F.cross_entropy(pred, right, reduction="none") * weight_right.reshape(-1)
+    return weight_reduce_loss(loss, weight, "mean", avg_factor)
 
 
 class QualityFocalLoss(nn.Module):

@@ -96,6 +96,9 @@ FAMILY = (
     ("focal", "dense"),
     ("focal", "sparse"),
     ("mal", "sparse"),
+    ("ia_bce", "sparse"),
+    ("psl", "dense"),
+    ("bce", "dense"),
 )
 SIDE_OPS = ("peak", "statistics", "moments", "ld")
 REST = (*SIDE_OPS, "decode", *(op for op, _ in FAMILY))
@@ -119,6 +122,7 @@ CASES = (
     _bins("dfl", 16, passes=_ALL),
     _bins("dfl", 8, passes=_ALL),
     _bins("dfl", 33),
+    _bins("fgl", 33, note="D-FINE"),
     _bins("integral", 17),
     *(_family(*loss) for loss in FAMILY),
     *(_bins(op, 17) for op in SIDE_OPS),
@@ -253,6 +257,10 @@ def operation(case: Case, inputs) -> tuple[str, tuple]:
         return summaries[case.op]
     if case.op == "dfl":
         return "distribution", (inputs.target, None, None, inputs.weight, None, 1.0, SUM)
+    if case.op == "fgl":
+        left, weight_left, weight_right = inputs.target
+        target = left, weight_left, weight_right, inputs.weight
+        return "distribution", (*target, None, 1.0, SUM)
     if case.op == "ld":
         return "distillation", (inputs.target, inputs.weight, None, 10.0, 1.0, SUM)
     rules = {  # of the op: form, flags, alpha, beta
@@ -262,6 +270,9 @@ def operation(case: Case, inputs) -> tuple[str, tuple]:
         ("focal", "dense"): (reference.FOCAL, 0, 0.25, 2.0),
         ("focal", "sparse"): (reference.FOCAL, 0, 0.25, 2.0),
         ("mal", "sparse"): (reference.MATCHABILITY, 0, 1.0, 1.5),
+        ("ia_bce", "sparse"): (reference.IOU_AWARE, 0, 0.25, 2.0),
+        ("psl", "dense"): (reference.BALANCED, 0, 0.25, 2.0),
+        ("bce", "dense"): (reference.LOGITS, 0, 0.0, 0.0),
     }
     rule = rules.get((case.op, case.form), (reference.LOGITS, 0, 0.0, 2.0))
     target = inputs.target

@@ -1,12 +1,15 @@
 # Which instruction sets the kernels are compiled for.
 #
-# Out: GFL_ISAS (baseline first), GFL_ISA_FLAGS_<isa>; members of the list GFL_LEFT_OUT. Each is chosen at run time, so the build machine need not have it; only the compiler
-# must know its flags.
+# In: GFL_DISPATCH. Out: GFL_ISAS (baseline first), GFL_ISA_FLAGS_<isa>; members of the list
+# GFL_LEFT_OUT. Each is chosen at run time, so the build machine need not have it; only the compiler must know
+# its flags.
 include(CheckCXXCompilerFlag)
 
 set(GFL_ISAS baseline)
 set(GFL_ISA_FLAGS_baseline "")
-if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+if(NOT GFL_DISPATCH)
+  list(APPEND GFL_LEFT_OUT "\"avx2\": \"GFL_DISPATCH is off\"" "\"avx512\": \"GFL_DISPATCH is off\"")
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(GFL_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
   set(GFL_ISA_FLAGS_avx512 ${GFL_ISA_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
       -mprefer-vector-width=512)

@@ -98,12 +98,12 @@ struct HeadSums {
 
 // Of a form: whether pred holds probabilities; whether a label makes its class a positive even with
 // a quality of 0.
-constexpr bool on_probabilities(int form) {
+static constexpr bool on_probabilities(int form) {
   return form == GFL_PROBABILITIES || form == GFL_VARIFOCAL_PROBABILITIES ||
          form == GFL_FOCAL_PROBABILITIES;
 }
 // What background_loss_grad has as alpha in a form on logits.
-constexpr double background_alpha(int form, double alpha) {
+static constexpr double background_alpha(int form, double alpha) {
   switch (form) {
     case GFL_VARIFOCAL:
     case GFL_MATCHABILITY:
@@ -117,10 +117,10 @@ constexpr double background_alpha(int form, double alpha) {
   }
 }
 // Whether the weight of a form is a constant of the derivative.
-constexpr bool detaches_weight(int form, int flags) {
+static constexpr bool detaches_weight(int form, int flags) {
   return form == GFL_MATCHABILITY || flags & GFL_DETACH_WEIGHT;
 }
-constexpr bool has_positives(int form) {
+static constexpr bool has_positives(int form) {
   return form == GFL_VARIFOCAL || form == GFL_VARIFOCAL_PROBABILITIES || form == GFL_MATCHABILITY ||
          form == GFL_IOU_AWARE;
 }

@@ -18,92 +18,21 @@ namespace {
 
 #define GFL_EACH_GROUP _Pragma("GCC unroll 4") for (int u = 0; u < kGroups; ++u)
 
-template <typename S>
-class Distribution {
-  using A = Accumulator<S>;
+// What is done with bins once they are numbers of the type that is computed with: the same code for
+// float32, bfloat16 and float16.
+template <typename A>
+class Bundle {
+ protected:
   using V = Vector<A>;
   static constexpr int kN = kLanes<A>;
   static constexpr int kWays = 2;
   static constexpr int kRows = 256;  // rows whose targets and weights are looked at together
 
- public:
-  Distribution(const DistributionProblem& problem, void* memory)
-      : p_(problem), inner_(problem.ndim - 1), bins_(problem.bins) {
-    Scratch scratch(memory);
-    z_ = scratch.take<Vs>(bins_);
-    const bool plain = p_.kind == kTargetLoss || (is_integral() && p_.window < 0);
-    flat_ = kFlat && plain && has_flat_bins(bins_) && packed(p_.pred) &&
-            (!p_.grad.data || packed(p_.grad));
-    if (!flat_) {
-      for (Vs*& more : more_) more = scratch.take<Vs>(bins_);
-      return;
-    }
-    e_ = scratch.take<A>(kFlatRows * bins_ + kN);
-    if constexpr (sizeof(S) != sizeof(A)) g_ = scratch.take<A>(kFlatRows * bins_ + kN);
-    if (is_integral()) {
-      y_ = scratch.take<A>(bins_ + kN);
-      for (int64_t k = 0; k < bins_; ++k) y_[k] = reinterpret_cast<const A*>(p_.values.data)[k];
-    }
-  }
+  explicit Bundle(const DistributionProblem& problem)
+      : p_(problem), inner_(problem.ndim - 1), bins_(problem.bins) {}
 
-  double run(int64_t begin, int64_t count) {
-    double total = 0;
-    for (int64_t r = begin; r < begin + count; r += kRows) {
-      total += block(r, smaller(kRows, begin + count - r));
-    }
-    return total;
-  }
-
- private:
   int64_t at(const Operand& o, int64_t row) const { return row * o.row[inner_]; }
   bool is_integral() const { return p_.kind == kExpectation; }
-
-  double block(int64_t r, int64_t rows) {
-    const int n = static_cast<int>(rows);
-    // Rows of weight 0 are not read; the integral's value has no weight.
-    const bool weighted =
-        p_.kind < kStatistics && load_weights(r, n) && !(is_integral() && p_.loss.data);
-    int active = n;
-    if (weighted) {
-      active = 0;
-      for (int i = 0; i < n; ++i) {
-        index_[active] = i;
-        active += weight_[i] != 0;
-      }
-      if (active < n) write_zeros(r, n);
-    }
-    if (p_.kind == kTargetLoss) load_targets(r, n);
-
-    V total{};
-    Group groups[kGroups];
-    for (int g = 0, step; g < active; g += step) {
-      step = kGroups * kN;
-      if constexpr (kFlat) {
-        if (flat_ && active == n && g % kFlatRows == 0) {
-          const int rows = smaller(kFlatRows, (n - g) / kN * kN);
-          const S* const z = logits(r + g);
-          const S* const also = p_.grad.data ? grads(r + g) : z;
-          if (rows > 0 && exponentials(z, also, rows * bins_, e_)) {
-            total = total + flat(r, g, rows);
-            step = rows;
-            continue;
-          }
-          flat_ = rows == 0;  // large logits have company: no more attempts in these rows
-        }
-      }
-      GFL_EACH_GROUP groups[u] = make_group(g, g + u * kN, active, active < n);
-      if (p_.kind == kTargetLoss) {
-        total = total + loss_groups(r, groups);
-      } else if (p_.kind == kMoments) {
-        moments_groups(r, groups);
-      } else if (is_integral()) {
-        p_.window < 0 ? integral_groups<false>(r, groups) : integral_groups<true>(r, groups);
-      } else {
-        p_.topk == 4 ? statistics_groups<4>(r, groups) : statistics_groups<0>(r, groups);
-      }
-    }
-    return sum_lanes(total);
-  }
 
   // weight_: the weight times the upstream gradient of each row of a block. False if all are 1.
   bool load_weights(int64_t r, int n) {
@@ -179,7 +108,6 @@ class Distribution {
   using Vs = Wide<V, kGroups>;
 
   V loss_groups(int64_t r, const Group* groups) {
-    load_logits(r, groups);
     const Vs high = highest(), left = gather(left_, groups);
     Vs sums[kWays] = {}, z_left{}, z_right{};
     // before, not the last mask: a mask carried around the loop costs AVX-512 more than a
@@ -213,7 +141,6 @@ class Distribution {
         before = bin;
         bin = bin + A(1);
       });
-      store_grads(r, groups);
     }
     V total{};
     GFL_EACH_GROUP total = total + loss[u];
@@ -222,7 +149,6 @@ class Distribution {
 
   template <bool kPeak>
   void integral_groups(int64_t r, const Group* groups) {
-    load_logits(r, groups);
     const Vs high = highest();
     const A* const values = reinterpret_cast<const A*>(p_.values.data);
     const Vs peak = kPeak ? first_of(high) : Vs{};
@@ -244,7 +170,6 @@ class Distribution {
       each_bin([&](int64_t k, int) __attribute__((always_inline)) {
         z_[k] = expectation_grad(z_[k] * factor, broadcast<Vs>(values[k]), expectation);
       });
-      store_grads(r, groups);
     }
   }
 
@@ -258,7 +183,6 @@ class Distribution {
   }
 
   void moments_groups(int64_t r, const Group* groups) {
-    load_logits(r, groups);
     const Vs high = highest();
     const A* const values = reinterpret_cast<const A*>(p_.values.data);
     Vs* const shifted = more_[0];
@@ -293,14 +217,12 @@ class Distribution {
       each_bin([&](int64_t k, int) __attribute__((always_inline)) {
         z_[k] = moments_grad(z_[k] * inverse, broadcast<Vs>(values[k]), shifted[k], m);
       });
-      store_grads(r, groups);
     }
   }
 
   // kTop: topk, known in advance; or 0: any.
   template <int kTop>
   void statistics_groups(int64_t r, const Group* groups) {
-    load_logits(r, groups);
     const int64_t topk = kTop ? kTop : p_.topk;
     Vs kept[3][kTop ? kTop : 1];
     // The highest logits so far, in descending order; their bins; what comes from upstream for
@@ -341,7 +263,6 @@ class Distribution {
         z_[k] = expectation_grad(z_[k] * inverse, of_bin, total);
         bin = bin + A(1);
       }
-      store_grads(r, groups);
     }
   }
 
@@ -376,7 +297,7 @@ class Distribution {
 
   // Not inlined, which keeps the registers of all numbers of bins apart.
   template <int K>
-  __attribute__((noinline)) V flat_loss(Bins<K> bins, int64_t r, int first, int n) {
+  __attribute__((noinline)) V flat_loss(Bins<K> bins, int64_t r, int first, int n, A* grad) {
     A left_e[kFlatRows], right_e[kFlatRows];
     int at[kFlatRows];
     for (int i = first; i < first + n; i += kN) {
@@ -407,16 +328,16 @@ class Distribution {
                                            logarithm(load(right_e + g) * inverse));
       if (p_.loss.data) write_lanes(r + first + g, loss * scale);
       total = total + loss;
-      if (p_.grad.data) {
+      if (grad) {
         const V factor = w * scale;
         store(left_e + g, wl * factor);
         store(right_e + g, wr * factor);
         store(total_ + g, (wl + wr) * (inverse * factor));
       }
     }
-    if (p_.grad.data) {
+    if (grad) {
       flat_grads(
-          bins, r + first, n,
+          bins, grad, n,
           [&](int i) __attribute__((always_inline)) {
             return [f = broadcast<V>(total_[i])](V e, int64_t)
                        __attribute__((always_inline)) { return e * f; };
@@ -433,7 +354,7 @@ class Distribution {
   }
 
   template <int K>
-  __attribute__((noinline)) V flat_integral(Bins<K> bins, int64_t r, int first, int n) {
+  __attribute__((noinline)) V flat_integral(Bins<K> bins, int64_t r, int first, int n, A* grad) {
     A factor[kFlatRows];
     for (int g = 0; g < n; g += kN) {
       const A* const e = e_ + g * bins;
@@ -443,9 +364,9 @@ class Distribution {
       store(total_ + g, expectation);
       store(factor + g, inverse * load(weight_ + first + g));
     }
-    if (p_.grad.data) {
+    if (grad) {
       flat_grads(
-          bins, r + first, n,
+          bins, grad, n,
           [&](int i) __attribute__((always_inline)) {
             return [this, f = broadcast<V>(factor[i]), expectation = broadcast<V>(total_[i])](
                        V e, int64_t k) __attribute__((always_inline)) {
@@ -458,40 +379,28 @@ class Distribution {
   }
 
   // grad = row(i)(exponentials, bin), kN bins at a time: the last ones of a row spill into the
-  // next, which comes after.
+  // next, which comes after. Behind the last row there is room in g_ alone.
   template <int K, typename Row, typename Patch>
-  __attribute__((always_inline)) void flat_grads(Bins<K> bins, int64_t r, int n, const Row& row,
+  __attribute__((always_inline)) void flat_grads(Bins<K> bins, A* grad, int n, const Row& row,
                                                  const Patch& patch) {
-    constexpr bool direct = sizeof(S) == sizeof(A);
     const int64_t whole = bins / kN * kN;
-    S* const out = grads(r);
-    A* const g = direct ? reinterpret_cast<A*>(out) : g_;
 #pragma GCC unroll 4
     for (int i = 0; i < n; ++i) {
       const auto f = row(i);
-      A* const to = g + i * bins;
+      A* const to = grad + i * bins;
       const A* const from = e_ + i * bins;
 #pragma GCC unroll 16
       for (int64_t k = 0; k < whole; k += kN) store(to + k, f(load(from + k), k));
       if (whole < bins) {
         const V v = f(load(from + whole), whole);
-        if (direct && i == n - 1) {
+        if (i == n - 1 && grad != g_) {
           store_first(to + whole, v, static_cast<int>(bins - whole));
         } else {
           store(to + whole, v);
         }
       }
     }
-    patch(g);
-    if constexpr (!direct) {
-      for (int64_t i = 0; i < n * bins; i += kN) store(out + i, load(g_ + i));
-    }
-  }
-
-  V flat(int64_t r, int first, int n) {
-    return with_bins(bins_, [&](auto bins) {
-      return is_integral() ? flat_integral(bins, r, first, n) : flat_loss(bins, r, first, n);
-    });
+    patch(grad);
   }
 
   // f(k, k % kWays): sums and maxima go to kWays accumulators, or each would wait for the one
@@ -513,13 +422,179 @@ class Distribution {
     return maximum(high[0], high[1]);
   }
 
+  A* losses(int64_t row, int64_t column = 0) const {
+    return reinterpret_cast<A*>(p_.loss.data) + at(p_.loss, row) + column * p_.loss.column;
+  }
+
+  // A value per row of the groups, out to memory, in from upstream or from an array of the block.
+  void write_values(int64_t r, const Group* groups, const Vs& values, int64_t column = 0) {
+    GFL_EACH_GROUP {
+      if (groups[u].together) {
+        write_lanes(r + groups[u].first, values[u], column);
+        continue;
+      }
+      for (int i = 0; i < groups[u].lanes; ++i) {
+        *losses(r + groups[u].row(i), column) = values[u][i];
+      }
+    }
+  }
+  void write_lanes(int64_t row, V values, int64_t column = 0) {
+    if (p_.loss.row[inner_] == 1) return store(losses(row, column), values);
+    for (int i = 0; i < kN; ++i) *losses(row + i, column) = values[i];
+  }
+  Vs upstream(int64_t r, const Group* groups, int64_t column) const {
+    const Operand& o = p_.grad_loss;
+    const A* const from = reinterpret_cast<const A*>(o.data) + at(o, r) + column * o.column;
+    Vs v;
+    GFL_EACH_GROUP {
+      if (groups[u].together && o.row[inner_] == 1) {
+        v[u] = load(from + groups[u].first);
+      } else {
+        for (int i = 0; i < kN; ++i) v[u][i] = from[at(o, groups[u].row(i))];
+      }
+    }
+    return v;
+  }
+  static Vs gather(const A* values, const Group* groups) {
+    Vs v;
+    GFL_EACH_GROUP {
+      if (groups[u].together) {
+        v[u] = load(values + groups[u].first);
+      } else {
+        for (int i = 0; i < kN; ++i) v[u][i] = values[groups[u].rows[i]];
+      }
+    }
+    return v;
+  }
+  static void fill(A* values, int n, A value) {
+    for (int i = 0; i < n; ++i) values[i] = value;
+  }
+
+  const DistributionProblem& p_;
+  const int inner_;
+  const int64_t bins_;
+  // Exponentials, gradients and the bins' values, with a vector's room behind.
+  A *e_ = nullptr, *g_ = nullptr, *y_ = nullptr;
+  A total_[kFlatRows];
+  Vs* z_;        // [bins] one lane per row: logits, then exponentials, then gradients
+  Vs* more_[3];  // [bins] of what else a row needs
+  A weight_[kRows], left_[kRows], wl_[kRows], wr_[kRows];
+  int64_t index_[kRows + 1];
+};
+
+template <typename S>
+class Distribution : Bundle<Accumulator<S>> {
+  using A = Accumulator<S>;
+  using Base = Bundle<A>;
+  using V = typename Base::V;
+  using Vs = typename Base::Vs;
+  using Group = typename Base::Group;
+  using Base::at, Base::is_integral;
+  using Base::bins_, Base::e_, Base::g_, Base::index_, Base::inner_, Base::more_, Base::p_,
+      Base::weight_, Base::y_, Base::z_;
+  using Base::kFlatRows, Base::kGroups, Base::kN, Base::kRows;
+
+ public:
+  Distribution(const DistributionProblem& problem, void* memory) : Bundle<Accumulator<S>>(problem) {
+    Scratch scratch(memory);
+    z_ = scratch.take<Vs>(bins_);
+    const bool plain = p_.kind == kTargetLoss || (is_integral() && p_.window < 0);
+    flat_ = kFlat && plain && has_flat_bins(bins_) && packed(p_.pred) &&
+            (!p_.grad.data || packed(p_.grad));
+    if (!flat_) {
+      for (Vs*& more : more_) more = scratch.take<Vs>(bins_);
+      return;
+    }
+    e_ = scratch.take<A>(kFlatRows * bins_ + kN);
+    if constexpr (sizeof(S) != sizeof(A)) g_ = scratch.take<A>(kFlatRows * bins_ + kN);
+    if (is_integral()) {
+      y_ = scratch.take<A>(bins_ + kN);
+      for (int64_t k = 0; k < bins_; ++k) y_[k] = reinterpret_cast<const A*>(p_.values.data)[k];
+    }
+  }
+
+  double run(int64_t begin, int64_t count) {
+    double total = 0;
+    for (int64_t r = begin; r < begin + count; r += kRows) {
+      total += block(r, smaller(kRows, begin + count - r));
+    }
+    return total;
+  }
+
+ private:
+  double block(int64_t r, int64_t rows) {
+    const int n = static_cast<int>(rows);
+    // Rows of weight 0 are not read; the integral's value has no weight.
+    const bool weighted =
+        p_.kind < kStatistics && this->load_weights(r, n) && !(is_integral() && p_.loss.data);
+    int active = n;
+    if (weighted) {
+      active = 0;
+      for (int i = 0; i < n; ++i) {
+        index_[active] = i;
+        active += weight_[i] != 0;
+      }
+      if (active < n) write_zeros(r, n);
+    }
+    if (p_.kind == kTargetLoss) this->load_targets(r, n);
+
+    V total{};
+    Group groups[kGroups];
+    for (int g = 0, step; g < active; g += step) {
+      step = kGroups * kN;
+      if constexpr (kFlat) {
+        if (flat_ && active == n && g % kFlatRows == 0) {
+          const int rows = smaller(kFlatRows, (n - g) / kN * kN);
+          const S* const z = logits(r + g);
+          const S* const also = p_.grad.data ? grads(r + g) : z;
+          if (rows > 0 && exponentials(z, also, rows * bins_, e_)) {
+            total = total + flat(r, g, rows);
+            step = rows;
+            continue;
+          }
+          flat_ = rows == 0;  // large logits have company: no more attempts in these rows
+        }
+      }
+      GFL_EACH_GROUP groups[u] = this->make_group(g, g + u * kN, active, active < n);
+      load_logits(r, groups);
+      if (p_.kind == kTargetLoss) {
+        total = total + this->loss_groups(r, groups);
+      } else if (p_.kind == kMoments) {
+        this->moments_groups(r, groups);
+      } else if (is_integral()) {
+        p_.window < 0 ? this->template integral_groups<false>(r, groups)
+                      : this->template integral_groups<true>(r, groups);
+      } else {
+        p_.topk == 4 ? this->template statistics_groups<4>(r, groups)
+                     : this->template statistics_groups<0>(r, groups);
+      }
+      if (p_.grad.data) store_grads(r, groups);
+    }
+    return sum_lanes(total);
+  }
+
+  V flat(int64_t r, int first, int n) {
+    constexpr bool direct = sizeof(S) == sizeof(A);
+    S* const out = p_.grad.data ? grads(r + first) : nullptr;
+    A* const grad = !out ? nullptr : direct ? reinterpret_cast<A*>(out) : g_;
+    const V total = with_bins(bins_, [&](auto bins) {
+      return is_integral() ? this->flat_integral(bins, r, first, n, grad)
+                           : this->flat_loss(bins, r, first, n, grad);
+    });
+    if (!direct && out) {
+      for (int64_t i = 0; i < n * bins_; i += kN) store(out + i, load(g_ + i));
+    }
+    return total;
+  }
+
   const S* logits(int64_t row) const {
     return reinterpret_cast<const S*>(p_.pred.data) + at(p_.pred, row);
   }
   S* grads(int64_t row) const { return reinterpret_cast<S*>(p_.grad.data) + at(p_.grad, row); }
 
   void load_logits(int64_t r, const Group* groups) {
-    GFL_EACH_GROUP {
+#pragma GCC unroll 1
+    for (int u = 0; u < kGroups; ++u) {
       const S* const base = logits(r);
       if (p_.pred.column == 1) ahead<0>(base + groups[u].first * p_.pred.row[inner_]);
       const int64_t step = p_.pred.row[inner_];
@@ -548,7 +623,8 @@ class Distribution {
   }
 
   void store_grads(int64_t r, const Group* groups) {
-    GFL_EACH_GROUP {
+#pragma GCC unroll 1
+    for (int u = 0; u < kGroups; ++u) {
       S* const base = grads(r);
       if (p_.grad.column == 1) ahead<1>(base + groups[u].first * p_.grad.row[inner_]);
       const int64_t step = p_.grad.row[inner_];
@@ -622,69 +698,11 @@ class Distribution {
         S* const row = grads(r + i);
         for (int64_t k = 0; k < bins_; ++k) row[k * p_.grad.column] = S{};
       }
-      if (p_.loss.data) *losses(r + i) = 0;
+      if (p_.loss.data) *this->losses(r + i) = 0;
     }
   }
 
-  A* losses(int64_t row, int64_t column = 0) const {
-    return reinterpret_cast<A*>(p_.loss.data) + at(p_.loss, row) + column * p_.loss.column;
-  }
-
-  // A value per row of the groups, out to memory, in from upstream or from an array of the block.
-  void write_values(int64_t r, const Group* groups, const Vs& values, int64_t column = 0) {
-    GFL_EACH_GROUP {
-      if (groups[u].together) {
-        write_lanes(r + groups[u].first, values[u], column);
-        continue;
-      }
-      for (int i = 0; i < groups[u].lanes; ++i) {
-        *losses(r + groups[u].row(i), column) = values[u][i];
-      }
-    }
-  }
-  void write_lanes(int64_t row, V values, int64_t column = 0) {
-    if (p_.loss.row[inner_] == 1) return store(losses(row, column), values);
-    for (int i = 0; i < kN; ++i) *losses(row + i, column) = values[i];
-  }
-  Vs upstream(int64_t r, const Group* groups, int64_t column) const {
-    const Operand& o = p_.grad_loss;
-    const A* const from = reinterpret_cast<const A*>(o.data) + at(o, r) + column * o.column;
-    Vs v;
-    GFL_EACH_GROUP {
-      if (groups[u].together && o.row[inner_] == 1) {
-        v[u] = load(from + groups[u].first);
-      } else {
-        for (int i = 0; i < kN; ++i) v[u][i] = from[at(o, groups[u].row(i))];
-      }
-    }
-    return v;
-  }
-  static Vs gather(const A* values, const Group* groups) {
-    Vs v;
-    GFL_EACH_GROUP {
-      if (groups[u].together) {
-        v[u] = load(values + groups[u].first);
-      } else {
-        for (int i = 0; i < kN; ++i) v[u][i] = values[groups[u].rows[i]];
-      }
-    }
-    return v;
-  }
-  static void fill(A* values, int n, A value) {
-    for (int i = 0; i < n; ++i) values[i] = value;
-  }
-
-  const DistributionProblem& p_;
-  const int inner_;
-  const int64_t bins_;
   bool flat_;
-  // Exponentials, gradients and the bins' values, with a vector's room behind.
-  A *e_, *g_, *y_;
-  A total_[kFlatRows];
-  Vs* z_;        // [bins] one lane per row: logits, then exponentials, then gradients
-  Vs* more_[3];  // [bins] of what else a row needs
-  A weight_[kRows], left_[kRows], wl_[kRows], wr_[kRows];
-  int64_t index_[kRows + 1];
 };
 
 }  // namespace

@@ -32,10 +32,12 @@ GFL_DECLARE_KERNELS(avx2)
 GFL_DECLARE_KERNELS(avx512)
 #undef GFL_DECLARE_KERNELS
 
+// Functions here are static: what inline functions share in a build without optimisation, kernels of
+// different instruction sets may not.
 constexpr int64_t kHeadCells = 1024;
 // Labels and positives of the cells, logits of a positive, four sides of bins with a positive per
 // lane.
-constexpr int64_t head_scratch_bytes(int64_t classes, int64_t bins) {
+static constexpr int64_t head_scratch_bytes(int64_t classes, int64_t bins) {
   return 2 * kHeadCells * 8 + (classes + 4 * bins) * 8 + 4 * bins * 64 + 1024;
 }
 
@@ -48,26 +50,32 @@ constexpr int64_t kTile = 1536;
 constexpr int64_t kPlaneRows = 1024;
 
 // Whether neighbouring rows are neighbours in memory and neighbouring classes are not: NCHW.
-constexpr bool in_planes(const QualityProblem& p) {
+static constexpr bool in_planes(const QualityProblem& p) {
   const int inner = p.ndim - 1;
   return p.pred.row[inner] == 1 && !(p.pred.column == 1 && p.classes > 1) &&
          (!p.grad.data || p.grad.row[inner] == 1);
 }
 
-constexpr int64_t tile_elements(int64_t columns) { return columns > kTile ? columns : kTile; }
+static constexpr int64_t tile_elements(int64_t columns) {
+  return columns > kTile ? columns : kTile;
+}
 // Classes whose targets are turned into planes together: a cache line of rows of them.
 constexpr int64_t kTurned = 16;
 // Fourteen arrays of at most 8 bytes an element, each with a vector's room behind it.
-constexpr int64_t scratch_bytes(const QualityProblem& q) {
+static constexpr int64_t scratch_bytes(const QualityProblem& q) {
   return 14 * (tile_elements(q.classes) * 8 + 128) +
          (in_planes(q) ? kTurned * kPlaneRows * 8 + 128 : 0);
 }
 // Four arrays of four vectors per bin.
-constexpr int64_t scratch_bytes(const DistributionProblem& d) { return 4 * (d.bins * 256 + 128); }
+static constexpr int64_t scratch_bytes(const DistributionProblem& d) {
+  return 4 * (d.bins * 256 + 128);
+}
 // Two vectors per bin.
-constexpr int64_t scratch_bytes(const DistillationProblem& d) { return d.bins * 128 + 128; }
+static constexpr int64_t scratch_bytes(const DistillationProblem& d) { return d.bins * 128 + 128; }
 // Four vectors and those of exponentials per bin, and its value.
-constexpr int64_t scratch_bytes(const DecodeProblem& d) { return d.bins * (256 + 256 + 8) + 512; }
+static constexpr int64_t scratch_bytes(const DecodeProblem& d) {
+  return d.bins * (256 + 256 + 8) + 512;
+}
 
 // The table in use, or null if GFL_CPU_ISA asks for one that cannot run here.
 const KernelTable* kernels();

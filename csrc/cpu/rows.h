@@ -62,8 +62,8 @@ void load_run(const Operand& o, int64_t offset, int64_t stride, int64_t n, To* t
 }
 
 // The classes of n rows; -1 for whatever is no class in [0, classes): -1, 255, NaN, 1.5.
-void load_labels(const Operand& o, int64_t offset, int64_t stride, int64_t n, int64_t classes,
-                 int64_t* to) {
+inline void load_labels(const Operand& o, int64_t offset, int64_t stride, int64_t n,
+                        int64_t classes, int64_t* to) {
   if (o.dtype == GFL_FLOAT32 || o.dtype == GFL_FLOAT64 || o.dtype == GFL_BFLOAT16 ||
       o.dtype == GFL_FLOAT16) {
     for (int64_t i = 0; i < n; ++i) {
