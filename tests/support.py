@@ -251,8 +251,11 @@ def combinations(*axes):
     """Every combination of the axes' values. Interpreted, where a launch takes a tenth of a second,
     only so many that every value occurs.
     """
-    if not INTERPRETED:
-        return list(itertools.product(*axes))
+    return cycled(*axes) if INTERPRETED else list(itertools.product(*axes))
+
+
+def cycled(*axes):
+    """As many combinations as the longest axis has values; the others begin again."""
     longest = max(map(len, axes))
     return [tuple(axis[i % len(axis)] for axis in axes) for i in range(longest)]
 

@@ -93,7 +93,7 @@ def poison_for(pred):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_quality_widths(backend, dtype):
+def test_quality_widths(fused, dtype):
     for classes, rows in combinations(WIDTHS, (1, 2, 3, 17)):
         pred = logits(rows, classes, dtype=dtype, seed=classes)
         weight = row_weight((rows,), seed=classes)
@@ -105,7 +105,7 @@ def test_quality_widths(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_quality_heights(backend, dtype):
+def test_quality_heights(fused, dtype):
     for rows, classes in combinations(HEIGHTS, (1, 3, 17, 80)):
         pred = logits(rows, classes, dtype=dtype, seed=rows)
         poison_for(pred)
@@ -143,7 +143,7 @@ def test_labels_in_a_tile(backend, dtype, share):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_family_widths_and_heights(backend, dtype):
+def test_family_widths_and_heights(fused, dtype):
     """One form of the quality family for each shape, sparse and dense, with its rows' ends."""
     shapes = combinations(HEIGHTS, (1, 3, 17, 80))
     for (rows, classes), (op, form) in zip(shapes, itertools.cycle(FAMILY.values()), strict=False):
@@ -158,7 +158,7 @@ def test_family_widths_and_heights(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_distribution_widths_and_heights(backend, dtype):
+def test_distribution_widths_and_heights(fused, dtype):
     widths = [width for width in WIDTHS if width >= 2]
     thinned = dict(combinations(widths, (1, 2, 3, 15, 16, 17))) if INTERPRETED else {}
     for bins in widths:
@@ -182,7 +182,7 @@ def test_distribution_widths_and_heights(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_distribution_of_moderate_logits(backend, dtype):
+def test_distribution_of_moderate_logits(fused, dtype):
     """Which may be treated as one array without a shift by the row's maximum: up to the largest of
     them, with a larger one among them, and with targets in the last bin.
     """
@@ -209,7 +209,7 @@ def test_distribution_of_moderate_logits(backend, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_every_dtype(backend, layout):
+def test_layouts_of_every_dtype(fused, layout):
     for dtype, size in combinations(DTYPES, (2, 3, 16, 17, 33)):
         laid = lay_out(layout, logits(1, 3, 5, size, dtype=dtype))
         weight = row_weight(laid.row_shape)
