@@ -137,6 +137,7 @@ def pytest_collection_modifyitems(config, items):
     """Interpreted, the suite is about the Triton backend: the rest has been run without. All of it
     runs on a GPU.
     """
+    mine = items
     if INTERPRETED:
         mine = [
             item
@@ -144,11 +145,11 @@ def pytest_collection_modifyitems(config, items):
             if "triton" in item.nodeid.partition("[")[2] or item.get_closest_marker("interpreted")
             if _is_in_part(item)
         ]
-        if os.environ.get("GFL_TEST_EVERY_COMBINATION") != "1":
-            kept = _with_every_value(mine)
-            mine = [item for item in mine if item in kept]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(mine)])
-        items[:] = mine
+    if os.environ.get("GFL_TEST_COMBINATIONS", "some" if INTERPRETED else "all") == "some":
+        kept = _with_every_value(mine)
+        mine = [item for item in mine if item in kept]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(mine)])
+    items[:] = mine
 
 
 if INTERPRETED:
