@@ -22,7 +22,9 @@ except ImportError:
 else:
     hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
     hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
-    hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+    # Interpreted, an unlucky draw takes minutes.
+    derandomised = os.environ.get("CI") or INTERPRETED
+    hypothesis.settings.load_profile("ci" if derandomised else "default")
 
 
 def _usable(name):
