@@ -460,14 +460,15 @@ class Quality {
     return total * loss_factor;
   }
 
-  // hits_[first_[c], first_[c + 1]): the rows with a target in class c, ascending; row_score_: their
-  // targets. False, without a hit, if there may be rows with two.
+  // hits_[first_[c], first_[c + 1]): the rows with a target in class c, ascending; row_score_:
+  // their targets. False, and no hits, if the targets are to be read class by class; up to kTurned
+  // classes are turned in one pass.
   bool find_hits(int64_t r, int64_t rows, bool in_rows) {
     memset(first_, 0, (p_.classes + 2) * sizeof(int64_t));
     if (p_.score.data) {
       load_labels(p_.target, at(p_.target, r), p_.target.row[inner_], rows, p_.classes, label_);
       load_run(p_.score, at(p_.score, r), p_.score.row[inner_], rows, row_score_);
-    } else if (!in_rows || !find_labels(r, rows)) {
+    } else if (!in_rows || p_.classes <= kTurned || !find_labels(r, rows)) {
       return false;
     }
     int64_t* const ends = first_ + 1;
@@ -482,28 +483,22 @@ class Quality {
     return true;
   }
 
-  // label_ and row_score_ of rows of classes with at most one target that is not 0, as assigners make
-  // them. False if a row has two.
+  // label_ and row_score_ of rows of classes with at most one target that is not 0, as assigners
+  // make them. False if a row has two, or so many have one that the targets are better turned.
   bool find_labels(int64_t r, int64_t rows) {
-    constexpr int64_t glance = 256;  // elements that are likely to be zeros, all of them
-    const int64_t classes = p_.classes, apart = p_.target.row[inner_];
-    const A* const first = reinterpret_cast<const A*>(p_.target.data) + at(p_.target, r);
-    const int64_t step = apart == classes && classes < glance ? glance / classes : 1;
-    for (int64_t begin = 0; begin < rows; begin += step) {
-      const int64_t end = smaller(begin + step, rows);
-      const bool zeros = find_target(first + begin * apart, (end - begin) * classes) == 0;
-      for (int64_t i = begin; i < end; ++i) {
-        const A* const row = first + i * apart;
-        const int64_t place = zeros ? 0 : find_target(row, classes);
-        if (place < 0) return false;
-        label_[i] = place - 1;
-        if (place > 0) row_score_[i] = row[place - 1];
-      }
+    int64_t found = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      const A* const row = reinterpret_cast<const A*>(p_.target.data) + at(p_.target, r + i);
+      const int64_t place = find_target(row, p_.classes);
+      found += place > 0;
+      if (place < 0 || found * 4 > rows) return false;
+      label_[i] = place - 1;
+      if (place > 0) row_score_[i] = row[place - 1];
     }
     return true;
   }
-  // The place, counted from 1, of the only one of n values that is not 0; 0 if all are, -1 if several
-  // are not.
+  // The place, counted from 1, of the only one of n values that is not 0; 0 if all are, -1 if
+  // several are not.
   static int64_t find_target(const A* values, int64_t n) {
     constexpr int64_t lanes = kLanes<A>;
     using I = typename VectorTraits<Vector<A>>::integer;
