@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
-from support import BACKENDS, FUSED, INTERPRETED, Backend, expected, why_not
+from support import BACKENDS, FUSED, INTERPRETED, Backend, cycled, expected, why_not
 
 import gfl_kernels
 from gfl_kernels.adapters import restore
@@ -22,7 +22,9 @@ except ImportError:
 else:
     hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
     hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
-    hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+    # Interpreted, an unlucky draw takes minutes.
+    derandomised = os.environ.get("CI") or INTERPRETED
+    hypothesis.settings.load_profile("ci" if derandomised else "default")
 
 
 def _usable(name):
@@ -109,8 +111,35 @@ def _is_in_part(item):
     return marker is None or any(item.name.startswith(part) for part in marker.args)
 
 
+def _with_every_value(items):
+    """Of each test so many combinations of its parameters that every value of each occurs; the rule
+    of support.combinations."""
+    tests = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = set()
+    for test in tests.values():
+        values = [
+            tuple(map(repr, item.callspec.params.values())) if hasattr(item, "callspec") else ()
+            for item in test
+        ]
+        axes = [list(dict.fromkeys(axis)) for axis in zip(*values, strict=True)]
+        diagonal = set(cycled(*axes)) if axes else {()}
+        chosen, seen = set(), set()
+        # Not every combination is there: others stand in for those of the diagonal that are not.
+        for here in sorted(values, key=lambda value: value not in diagonal):
+            if here in diagonal or set(enumerate(here)) - seen:
+                chosen.add(here)
+                seen.update(enumerate(here))
+        kept.update(item for item, here in zip(test, values, strict=True) if here in chosen)
+    return kept
+
+
 def pytest_collection_modifyitems(config, items):
-    """Interpreted, the suite is about the Triton backend; the rest has been run without."""
+    """Interpreted, the suite is about the Triton backend: the rest has been run without. All of it
+    runs on a GPU.
+    """
+    mine = items
     if INTERPRETED:
         mine = [
             item
@@ -118,8 +147,11 @@ def pytest_collection_modifyitems(config, items):
             if "triton" in item.nodeid.partition("[")[2] or item.get_closest_marker("interpreted")
             if _is_in_part(item)
         ]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(mine)])
-        items[:] = mine
+    if os.environ.get("GFL_TEST_COMBINATIONS", "some" if INTERPRETED else "all") == "some":
+        kept = _with_every_value(mine)
+        mine = [item for item in mine if item in kept]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(mine)])
+    items[:] = mine
 
 
 if INTERPRETED:

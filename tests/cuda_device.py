@@ -1,7 +1,8 @@
 """The CUDA C++ backend without a GPU: the plans of the compiled library, run on ptxsim.
 
 The library computes each launch (kernel, grid, block, arguments) as it would on a GPU; the kernels
-are the sources of csrc/cuda as nvcc compiles them to PTX. Tensors are CPU tensors.
+are the PTX in it or, if that is of other GPUs, what nvcc makes of the sources. Tensors are CPU
+tensors.
 """
 
 from __future__ import annotations
@@ -209,36 +210,88 @@ def head_workspace(arguments):
 
 @functools.cache
 def _entries(file, arch):
-    """Demangled name -> PTX with this kernel alone: to parse them all takes 15 seconds."""
+    """What nvcc makes of a source, see _split."""
     # The cache of ptxsim does not see headers in other folders than the source's.
     above = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(CSRC.glob("*.h"))))
     text = ptxsim.compile_ptx(
         file, f"sm_{arch}", [CSRC / "include"], {"GFL_HEADERS": above.hexdigest()}, OPTIONS
     )
+    return _split(text)
+
+
+def _split(text):
+    """Demangled name -> PTX with this kernel alone: to parse them all takes 15 seconds."""
     # Into which function a line was inlined stands in a table that is left out here.
     text = re.sub(r"^(\s*\.loc\s[^,\n]*),.*", r"\1", text, flags=re.M)
     head, *entries = re.split(r"^(?=(?:\.visible )?\.entry )", text, flags=re.M)
     entries[-1], end, _ = entries[-1].partition("\n}\n")
     entries[-1] += end
     files = "".join(re.findall(r"^\.file.*\n|^\t\.file.*\n", text, re.M))
+    names = ptxsim.demangle_all([re.search(r"\.entry (\w+)", entry)[1] for entry in entries])
+    return {name: f"{head}{entry}{files}\n" for name, entry in zip(names, entries, strict=True)}
+
+
+def _objdump(option):
+    """(arch, text) of each part of the library that cuobjdump finds."""
+    library = Path(gfl_kernels.__file__).parent / "lib" / "libgfl_native.so"
+    text = ptxsim.run_tool("cuobjdump", option, library)
+    parts = re.split(r"^Fatbin (?:elf|ptx) code:\n=+\n", text, flags=re.M)[1:]
+    return [(int(re.match(r"arch = sm_(\d+)", part)[1]), part) for part in parts]
+
+
+@functools.cache
+def _shipped(arch):
+    """As _entries, of the library; empty if it has no PTX of that arch."""
+    try:
+        parts = [text for which, text in _objdump("-ptx") if which == arch and ".entry" in text]
+    except ptxsim.PtxSimError:
+        return {}
     found = {}
-    for entry in entries:
-        name = ptxsim.demangle(re.search(r"\.entry (\w+)", entry).group(1))
-        found[name] = f"{head}{entry}{files}\n"
+    for text in parts:
+        found |= _split(text[text.index(".version") :])
     return found
 
 
+@functools.cache
+def _resources(arch):
+    usage = [
+        found
+        for which, text in _objdump("-res-usage")
+        if which == arch
+        for found in re.findall(r"Function (\w+):\n(.*)", text)
+    ]
+    names = ptxsim.demangle_all([name for name, _ in usage])
+    return {
+        name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+        for name, (_, line) in zip(names, usage, strict=True)
+    }
+
+
+def resources(name, arch=90):
+    """REG, STACK, LOCAL, ... of a kernel in the library; PtxSimError if that is not known."""
+    if not _resources(arch):
+        raise ptxsim.PtxSimError(f"the library has no SASS for sm_{arch}")
+    return _of(_resources(arch), name)
+
+
+def _of(entries, name):
+    found = [value for full, value in entries.items() if f"::{name}(" in full]
+    assert len(found) == 1, (name, list(entries))
+    return found[0]
+
+
 def ptx(name, arch=90):
+    """Of the source, with its lines."""
     defined = re.compile(rf"^ +{name.partition('<')[0]}\(", re.M)  # below its __global__
     (file,) = (f for f in sorted((CSRC / "cuda").glob("*.cu")) if defined.search(f.read_text()))
-    found = [text for full, text in _entries(file, arch).items() if f"{name}(" in full]
-    assert len(found) == 1, (name, list(_entries(file, arch)))
-    return found[0]
+    return _of(_entries(file, arch), name)
 
 
 @functools.cache
 def kernel(name, arch=90):
-    (result,) = ptxsim.parse(ptx(name, arch)).kernels.values()
+    shipped = _shipped(arch)
+    text = _of(shipped, name) if shipped else ptx(name, arch)
+    (result,) = ptxsim.parse(text).kernels.values()
     return result
 
 

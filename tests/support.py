@@ -12,8 +12,10 @@ import itertools
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import forks
 import torch
 
 import gfl_kernels
@@ -249,8 +251,11 @@ def combinations(*axes):
     """Every combination of the axes' values. Interpreted, where a launch takes a tenth of a second,
     only so many that every value occurs.
     """
-    if not INTERPRETED:
-        return list(itertools.product(*axes))
+    return cycled(*axes) if INTERPRETED else list(itertools.product(*axes))
+
+
+def cycled(*axes):
+    """As many combinations as the longest axis has values; the others begin again."""
     longest = max(map(len, axes))
     return [tuple(axis[i % len(axis)] for axis in axes) for i in range(longest)]
 
@@ -453,19 +458,27 @@ DENSE_LAYOUTS = (
 # ---- subprocesses
 
 
-def run_python(code_or_args, *, timeout=300, **env):
-    """A fresh interpreter on this one's gfl_kernels: what is read once at import needs it.
+_forks = forks.Server()
 
-    env values of None remove the variable. The working folder holds no package of that name.
+
+def run_python(code_or_args, *, timeout=300, fresh=False, **env):
+    """Another interpreter on this one's gfl_kernels: what is read once at import needs it.
+
+    env values of None remove the variable. The working folder holds no package of that name. It has
+    torch imported and nothing else, unless it is a fresh one.
     """
     args = ["-c", code_or_args] if isinstance(code_or_args, str) else list(code_or_args)
     merged = {key: value for key, value in {**os.environ, **env}.items() if value is not None}
     found_in = str(Path(gfl_kernels.__file__).resolve().parent.parent)
+    folder = Path(__file__).resolve().parent
+    if not fresh and hasattr(os, "fork"):
+        with tempfile.TemporaryDirectory() as scratch:
+            return _forks.run(args, merged, [found_in], folder, Path(scratch), timeout)
     merged["PYTHONPATH"] = os.pathsep.join(filter(None, (found_in, merged.get("PYTHONPATH"))))
     return subprocess.run(
         [sys.executable, *args],
         env=merged,
-        cwd=Path(__file__).resolve().parent,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -173,7 +173,7 @@ before = set(sys.modules)
 import gfl_kernels
 print("\\n".join(sorted(set(sys.modules) - before)))
 """
-    done = run_python(code, GFL_KERNELS_BACKEND=None)
+    done = run_python(code, fresh=True, GFL_KERNELS_BACKEND=None)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     new = {
         name.split(".")[0] if not name.startswith("torch") else name for name in done.stdout.split()

@@ -142,7 +142,7 @@ def test_gradcheck(backend, reduction):
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("bins", [2, 17, 100] if INTERPRETED else [1, 2, 8, 17, 33, 100])
-def test_no_worse_than_eager(backend, dtype, bins):
+def test_no_worse_than_eager(fused, dtype, bins):
     heights = (1, 333) if INTERPRETED else (1, 7, 8, 16, 17, 333, 1000)
     options = (
         {"reduction": "none", "temperature": 5.0},
@@ -150,9 +150,9 @@ def test_no_worse_than_eager(backend, dtype, bins):
         {"avg_factor": 5.5},
     )
     for rows, kwargs in combinations(heights, options):
-        student, teacher = pair(rows, bins, dtype=dtype, device=backend.device)
+        student, teacher = pair(rows, bins, dtype=dtype, device=fused.device)
         if "avg_factor" in kwargs:
-            kwargs = kwargs | {"weight": row_weight((rows,), device=backend.device)}
+            kwargs = kwargs | {"weight": row_weight((rows,), device=fused.device)}
         what = f"K={bins} N={rows} {kwargs}"
         check_op("distillation", student, teacher, what=what, **SCALE, **kwargs)
 

@@ -112,14 +112,14 @@ def test_integral_gradcheck(backend, bins, positions):
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bins", BINS)
-def test_no_worse_than_eager(backend, dtype, form, bins):
+def test_no_worse_than_eager(fused, dtype, form, bins):
     # 15, 16, 17: the two sides of a block of rows that share a register
     heights = (1, 17, 333) if INTERPRETED else (1, 7, 15, 16, 17, 333, 1000)
     for rows, option in combinations(heights, ("none", "mean", "avg_factor")):
-        pred = logits(rows, bins, dtype=dtype, device=backend.device, seed=rows)
-        target = make_target(form, (rows,), bins, device=backend.device, seed=rows)
+        pred = logits(rows, bins, dtype=dtype, device=fused.device, seed=rows)
+        target = make_target(form, (rows,), bins, device=fused.device, seed=rows)
         if option == "avg_factor":
-            kwargs = {"weight": row_weight((rows,), device=backend.device), "avg_factor": 5.5}
+            kwargs = {"weight": row_weight((rows,), device=fused.device), "avg_factor": 5.5}
         else:
             kwargs = {"reduction": option}
         what = f"{form} K={bins} N={rows} {option}"
@@ -145,12 +145,12 @@ def test_bins_beyond_the_tuned_range(backend, bins):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("bins", [17, 16, 8, 33])
-def test_no_worse_than_eager_on_large_inputs(backend, dtype, bins):
+def test_no_worse_than_eager_on_large_inputs(fused, dtype, bins):
     """Above the size where rows are shared between threads, and with several tiles interpreted."""
     rows = 3 * 1400 if INTERPRETED else 4 * 8400
-    pred = logits(rows, bins, dtype=dtype, device=backend.device)
+    pred = logits(rows, bins, dtype=dtype, device=fused.device)
     for form in FORMS:
-        target = make_target(form, (rows,), bins, device=backend.device)
+        target = make_target(form, (rows,), bins, device=fused.device)
         check_op("distribution", pred, target, reduction="none", what=f"{form} K={bins}")
         check_op("distribution", pred, target, reduction="sum", what=f"{form} K={bins} sum")
     weight = row_weight((rows,))
@@ -163,7 +163,7 @@ def test_no_worse_than_eager_on_large_inputs(backend, dtype, bins):
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("bins", BINS)
 @pytest.mark.parametrize("positions", ["default", "arbitrary", "half", "int"])
-def test_integral_no_worse_than_eager(backend, dtype, bins, positions):
+def test_integral_no_worse_than_eager(fused, dtype, bins, positions):
     generator = torch.Generator().manual_seed(3)
     y = {
         "default": None,
@@ -173,7 +173,7 @@ def test_integral_no_worse_than_eager(backend, dtype, bins, positions):
     }[positions]
     scale = bins if y is None else float(y.double().abs().max())
     for rows in (1, 17, 333) if INTERPRETED else (1, 7, 15, 16, 17, 333):
-        pred = logits(rows, bins, dtype=dtype, device=backend.device, seed=rows)
+        pred = logits(rows, bins, dtype=dtype, device=fused.device, seed=rows)
         check_op("integral", pred, bins=y, scale=scale, what=f"K={bins} N={rows} {positions}")
 
 

@@ -323,25 +323,30 @@ def inputs(name, rows, classes, *, dtype=torch.float32, device="cpu", seed=0):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", FLOATS[:2] if INTERPRETED else [*FLOATS, torch.float64])
-def test_no_worse_than_eager(backend, name, dtype):
-    for classes, rows in combinations((1, 17, 80), (7, 150)):
-        op, kwargs, pred = inputs(name, rows, classes, dtype=dtype, device=backend.device)
+def test_no_worse_than_eager(fused, name, dtype):
+    for form, reduction, classes, rows in combinations(
+        ("sparse", "dense"), ("none", "mean", "sum"), (1, 17, 80), (7, 150)
+    ):
+        op, kwargs, pred = inputs(name, rows, classes, dtype=dtype, device=fused.device)
+        make_target = sparse_target if form == "sparse" else dense_target
+        target = make_target((rows,), classes, device=fused.device)
+        weight = row_weight((rows,), device=fused.device)
+        kwargs = (
+            kwargs
+            | {
+                "none": {},
+                "mean": {"weight": weight, "avg_factor": 5.5},
+                "sum": {"weight": weight[:, None].expand(rows, classes)},
+            }[reduction]
+        )
         scale = 50.0 if kwargs.get("activated") else 1.0
-        sparse = sparse_target((rows,), classes, device=backend.device)
-        dense = dense_target((rows,), classes, device=backend.device)
-        weight = row_weight((rows,), device=backend.device)
-        for target in (sparse, dense):
-            what = f"{name} C={classes} N={rows}"
-            options = {"grad_scale": scale, "what": what, **kwargs}
-            check_op(op, pred, target, reduction="none", **options)
-            check_op(op, pred, target, weight=weight, reduction="mean", avg_factor=5.5, **options)
-        element = weight[:, None].expand(rows, classes)
-        check_op(op, pred, sparse, weight=element, reduction="sum", **options)
+        what = f"{name} {form} C={classes} N={rows}"
+        check_op(op, pred, target, reduction=reduction, grad_scale=scale, what=what, **kwargs)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("gamma", [0.5] if INTERPRETED else [0.0, 0.5, 2.0, 3.0])
-def test_every_logit_of_a_fine_grid(backend, name, gamma):
+def test_every_logit_of_a_fine_grid(fused, name, gamma):
     """All of [-110, 110] against negatives, positives and interior targets, one class a row."""
     op, kwargs, _ = inputs(name, 1, 1)
     kwargs = {**kwargs, "beta" if op == "balanced" else "gamma": gamma}
@@ -350,15 +355,15 @@ def test_every_logit_of_a_fine_grid(backend, name, gamma):
         dtypes, ((-1, 0.0), (0, 0.0), (0, 1.0), (0, 0.3), (0, 0.9999))
     ):
         steps = 1101 if INTERPRETED else 11001
-        x = torch.linspace(-110, 110, steps, dtype=torch.float64, device=backend.device)[:, None]
+        x = torch.linspace(-110, 110, steps, dtype=torch.float64, device=fused.device)[:, None]
         if kwargs.get("activated"):
             x = x.div(20).sigmoid()
         x = x.to(dtype)
         target = (
-            torch.full((steps,), label, device=backend.device),
-            torch.full((steps,), score, device=backend.device),
+            torch.full((steps,), label, device=fused.device),
+            torch.full((steps,), score, device=fused.device),
         )
-        upstream = torch.ones(steps, device=backend.device)
+        upstream = torch.ones(steps, device=fused.device)
         upstream = upstream[:, None] if op == "focal" else upstream
         scale = 300.0 if kwargs.get("activated") else 1.0
         what = f"{name} gamma={gamma} label={label} score={score}"
@@ -397,7 +402,7 @@ def test_gradcheck(backend, name):
 def test_layouts(backend, layout):
     # Interpreted, a third of the forms for each layout.
     names = NAMES[list(LAYOUTS).index(layout) % 3 :: 3] if INTERPRETED else NAMES
-    for name, classes in combinations(names, (5, 40)):
+    for name, classes, reduction in combinations(names, (5, 40), ("none", "sum", "mean")):
         op, kwargs = FAMILY[name]
         laid = lay_out(
             layout, inputs(name, 70, classes, device=backend.device)[2].view(2, 5, 7, -1)
@@ -406,10 +411,10 @@ def test_layouts(backend, layout):
         dense = dense_target((70,), classes, device=backend.device)
         dense = dense.reshape(*laid.row_shape, -1).movedim(-1, laid.dim)
         options = {"class_dim": laid.dim, "what": f"{layout} {name}", "grad_scale": 50.0, **kwargs}
-        for goal, reduction in ((target, "none"), (dense, "sum")):
-            check_op(op, laid.pred, goal, reduction=reduction, **options)
-        element = row_weight(laid.pred.shape, device=backend.device)
-        check_op(op, laid.pred, target, weight=element, reduction="mean", **options)
+        if reduction == "mean":
+            options["weight"] = row_weight(laid.pred.shape, device=backend.device)
+        goal = dense if reduction == "sum" else target
+        check_op(op, laid.pred, goal, reduction=reduction, **options)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -736,7 +736,7 @@ if __name__ == "__main__":
         port = s.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(work, (port, results), nprocs=2)
+        mp.start_processes(work, (port, results), nprocs=2, start_method="fork")
         for run in range(2):
             model = Head()
             parts = [batch(rank, run) for rank in range(2)]

@@ -318,8 +318,9 @@ def test_configures_without_python_against_a_plain_libtorch(cmake, source, tmp_p
         ).stdout.strip()
     )
     run(
-        *(cmake, "-S", source, "-B", tmp_path / "b", "-G", "Ninja", "-DGFL_PYTHON=OFF"),
-        *(f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DGFL_TORCH_ROOT={torch_root}"),
+        *(cmake, "-S", source, "-B", tmp_path / "b", "-G", "Ninja"),
+        *("-DGFL_PYTHON=OFF", "-DGFL_CUDA=OFF", f"-DGFL_TORCH_ROOT={torch_root}"),
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
         cwd=tmp_path,
     )
     rules = (tmp_path / "b" / "build.ninja").read_text()

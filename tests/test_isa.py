@@ -85,8 +85,8 @@ else:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_kernels_on_every_isa(native, isa, request):
-    """The kernel tests under each instruction set the default choice is not, but for what says the
-    same at a greater length: finite differences and large inputs.
+    """The kernel tests under each instruction set the default choice is not, with every value of
+    their parameters, but for finite differences and large inputs.
     """
     from gfl_kernels.native import cpu_isa
 
@@ -101,6 +101,7 @@ def test_kernels_on_every_isa(native, isa, request):
         ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", skipping, *tests],
         GFL_CPU_ISA=isa,
         GFL_TEST_EXPECT_NATIVE="1",
+        GFL_TEST_COMBINATIONS="some",
         PYTEST_ADDOPTS=None,
         timeout=900,
     )

@@ -12,6 +12,7 @@ from support import (
     INTERPRETED,
     assert_no_worse,
     bin_target,
+    combinations,
     dense_target,
     logits,
     random_upstream,
@@ -129,7 +130,9 @@ def test_focal(backend, mmdet, dtype, reduction, avg_factor, activated):
     label = sparse_target((60,), 17)[0]
     label = torch.where((label < 0) | (label > 17), 17, label)  # upstream's one background
     one_hot = torch.nn.functional.one_hot(label, 18)[:, :17].to(dtype)
-    for alpha, gamma in ((0.25, 2.0), (0.6, 1.5)):
+    calls = [(label, None), (one_hot, None)]
+    calls += [(label, row_weight(shape, dtype=dtype)) for shape in ((60,), (60, 17), (60 * 17,))]
+    for (target, weight), (alpha, gamma) in combinations(calls, ((0.25, 2.0), (0.6, 1.5))):
         arguments = {
             "alpha": alpha,
             "gamma": gamma,
@@ -138,12 +141,7 @@ def test_focal(backend, mmdet, dtype, reduction, avg_factor, activated):
             "activated": activated,
         }
         modules = mmdet.FocalLoss(**arguments), gfl_kernels.FocalLoss(**arguments)
-        kwargs = factor_of(avg_factor, dtype)
-        for target in (label, one_hot):
-            compare(*modules, pred, target, **kwargs)
-        for shape in ((60,), (60, 17), (60 * 17,)):
-            weight = row_weight(shape, dtype=dtype)
-            compare(*modules, pred, label, weight=weight, **kwargs)
+        compare(*modules, pred, target, weight=weight, **factor_of(avg_factor, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

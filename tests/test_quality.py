@@ -114,12 +114,12 @@ def test_gradcheck_layouts(backend, layout, form):
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("form", ["sparse", "dense"])
 @pytest.mark.parametrize("activated", [False, True])
-def test_no_worse_than_eager(backend, dtype, form, activated):
+def test_no_worse_than_eager(fused, dtype, form, activated):
     make = probabilities if activated else logits
     for classes, rows in combinations((1, 3, 16, 17, 80, 81), (1, 7, 64, 333)):
-        pred = make(rows, classes, dtype=dtype, device=backend.device, seed=rows)
-        target = make_target(form, (rows,), classes, device=backend.device, seed=rows)
-        weight = row_weight((rows,), device=backend.device)
+        pred = make(rows, classes, dtype=dtype, device=fused.device, seed=rows)
+        target = make_target(form, (rows,), classes, device=fused.device, seed=rows)
+        weight = row_weight((rows,), device=fused.device)
         what = f"{form} C={classes} N={rows}"
         check_op("quality", pred, target, reduction="none", activated=activated, what=what)
         check_op(
@@ -140,13 +140,13 @@ def test_no_worse_than_eager(backend, dtype, form, activated):
 @pytest.mark.parametrize(
     "shape", [(1000, 80), (8400, 80), (8400, 3), (1000, 365), (333, 1203), (8400, 1)]
 )
-def test_no_worse_than_eager_on_large_inputs(backend, dtype, shape):
+def test_no_worse_than_eager_on_large_inputs(fused, dtype, shape):
     """Above the size where rows are shared between threads, and with several tiles interpreted."""
     rows, classes = shape
     rows //= 8 if INTERPRETED else 1
-    pred = logits(rows, classes, dtype=dtype, device=backend.device)
+    pred = logits(rows, classes, dtype=dtype, device=fused.device)
     for form in ("sparse", "dense"):
-        target = make_target(form, (rows,), classes, device=backend.device)
+        target = make_target(form, (rows,), classes, device=fused.device)
         check_op("quality", pred, target, reduction="none", what=f"{form} {shape}")
         check_op("quality", pred, target, reduction="sum", what=f"{form} {shape} sum")
     check_op(
@@ -162,11 +162,11 @@ def test_no_worse_than_eager_on_large_inputs(backend, dtype, shape):
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("activated", [False, True])
-def test_betas(backend, beta, dtype, activated):
+def test_betas(fused, beta, dtype, activated):
     make = probabilities if activated else logits
-    pred = make(257, 19, dtype=dtype, device=backend.device)
+    pred = make(257, 19, dtype=dtype, device=fused.device)
     for form in ("sparse", "dense"):
-        target = make_target(form, (257,), 19, device=backend.device)
+        target = make_target(form, (257,), 19, device=fused.device)
         check_op(
             "quality",
             pred,
@@ -666,11 +666,11 @@ def test_infinite_logits_where_the_loss_is_defined(backend, dtype, beta):
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("beta", BETAS)
-def test_every_logit_of_a_fine_grid(backend, dtype, beta):
+def test_every_logit_of_a_fine_grid(fused, dtype, beta):
     """All of [-110, 110] against negatives, positives and interior targets: no seam of a piecewise
     approximation.
     """
-    x = torch.linspace(-110, 110, 22001, dtype=torch.float64).to(dtype).to(backend.device)[:, None]
+    x = torch.linspace(-110, 110, 22001, dtype=torch.float64).to(dtype).to(fused.device)[:, None]
     for q in (0.0, 1.0, 0.3, 0.9999):
         target = torch.full_like(x, q, dtype=torch.float32)
         check_op(

@@ -133,11 +133,11 @@ def test_each_moment_alone(backend, name):
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("bins", [2, 8, 16, 17, 33, 64])
-def test_no_worse_than_eager(backend, dtype, bins):
+def test_no_worse_than_eager(fused, dtype, bins):
     if INTERPRETED and bins > 17 and dtype != torch.float32:
         pytest.skip("interpreted: a bin is some twenty operations, whatever its dtype")
     for rows in (70,) if INTERPRETED else (1, 7, 15, 16, 17, 333):
-        check_all(logits(rows, bins, dtype=dtype, device=backend.device, seed=rows))
+        check_all(logits(rows, bins, dtype=dtype, device=fused.device, seed=rows))
 
 
 @pytest.mark.parametrize("bins", [1, 3, 4, 5, 7, 9, 15, 18, 31, 32, 34, 63, 65, 100, 300])
@@ -169,10 +169,10 @@ def test_every_window(backend, window):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_worse_than_eager_on_large_inputs(backend, dtype):
+def test_no_worse_than_eager_on_large_inputs(fused, dtype):
     """Above the size where rows are shared between threads, and with several tiles interpreted."""
     rows = 2700 if INTERPRETED else 4 * 8400
-    check_all(logits(rows, 17, dtype=dtype, device=backend.device))
+    check_all(logits(rows, 17, dtype=dtype, device=fused.device))
 
 
 @pytest.mark.parametrize("positions", ["arbitrary", "half", "int", "strided"])

@@ -8,7 +8,7 @@
 >>> print(dev.reports[-1])
 """
 
-from .cubin import KernelInfo, assemble, cubin_info, ptxas_info
+from .cubin import KernelInfo, assemble, cubin_info, ptxas_info, run_tool
 from .errors import (
     Deadlock,
     DeviceError,
@@ -24,7 +24,7 @@ from .errors import (
 )
 from .kernel import Kernel, Module, Packed, parse
 from .nvcc import CompileError, compile_ptx, nvcc
-from .report import GPUS, Report, Roofline, demangle
+from .report import GPUS, Report, Roofline, demangle, demangle_all
 from .triton_driver import TritonDevice, triton_device
 
 __all__ = [
@@ -52,8 +52,10 @@ __all__ = [
     "compile_ptx",
     "cubin_info",
     "demangle",
+    "demangle_all",
     "nvcc",
     "parse",
     "ptxas_info",
+    "run_tool",
     "triton_device",
 ]

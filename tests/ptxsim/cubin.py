@@ -62,14 +62,14 @@ class KernelInfo:
         return self.local_loads + self.local_stores
 
 
-def _run(*command: str) -> str:
+def _run(*command: str | os.PathLike) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise PtxSimError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+        raise PtxSimError(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
 
 
-def _run_any(name: str, *arguments: str) -> str:
+def run_tool(name: str, *arguments: str | os.PathLike) -> str:
     """Output of the first copy of a tool that succeeds: an old one may not know a new GPU."""
     for path in [tool(name), *tool_paths(name)[1:]]:
         try:
@@ -95,8 +95,8 @@ def _cubin_info(cubin: bytes) -> dict[str, KernelInfo]:
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "kernel.cubin")
         Path(path).write_bytes(cubin)
-        usage = _run_any("cuobjdump", "-res-usage", path)
-        sass = _run_any("nvdisasm", "-c", path)
+        usage = run_tool("cuobjdump", "-res-usage", path)
+        sass = run_tool("nvdisasm", "-c", path)
     out: dict[str, KernelInfo] = {}
     for m in re.finditer(r"Function (\S+):\s*\n\s*(.*)", usage):
         fields = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", m.group(2))}

@@ -18,9 +18,17 @@ from .parser import Inst
 @functools.cache
 def demangle(name: str) -> str:
     """C++ name of a mangled symbol (the name itself if it is not mangled or c++filt is missing)."""
-    if not name.startswith("_Z") or not shutil.which("c++filt"):
-        return name
-    return subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip() or name
+    return demangle_all([name])[0]
+
+
+def demangle_all(names: list[str]) -> list[str]:
+    """The same for many, with one process for all."""
+    mangled = [name for name in names if name.startswith("_Z")]
+    if not mangled or not shutil.which("c++filt"):
+        return names
+    done = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True)
+    found = dict(zip(mangled, done.stdout.splitlines(), strict=True))
+    return [found.get(name, name) for name in names]
 
 
 CLASSES = {
