@@ -418,6 +418,17 @@ def test_layouts(backend, layout):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_planes_of_logits_with_one_target_a_row(backend, name):
+    """[C, A] and scores [A, C], at most one of which is not 0."""
+    op, kwargs, pred = inputs(name, 300, 40, device=backend.device)
+    rows = torch.arange(0, 300, 10, device=backend.device)
+    target = torch.zeros(300, 40, device=backend.device)
+    target[rows, rows % 37] = torch.linspace(0.05, 1, 30, device=backend.device)
+    options = {"class_dim": 0, "what": name, "grad_scale": 50.0, **kwargs}
+    check_op(op, pred.T.contiguous(), target.T, reduction="none", **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_label_is_positive_whatever_its_score(backend, name):
     """Of a sparse target; of a dense one only what is above 0 (the balance goes by the score)."""
     op, kwargs, pred = inputs(name, 200, 40, device=backend.device)

@@ -220,6 +220,61 @@ def test_planes_of_logits_with_rows_of_targets(backend, beta):
                  what=f"targets in {dtype}")  # fmt: skip
 
 
+def one_target_a_row(anchors, classes, *, share=0.1, dtype=torch.float32, device="cpu"):
+    """[2, A, C], as assigners make them: a score in one class of some anchors, and of the first and
+    the last; one of them is below 0, and a zero has a sign.
+    """
+    label, score = sparse_target((2, anchors), classes)
+    chosen = torch.rand(2, anchors, generator=torch.Generator().manual_seed(classes)) < share
+    chosen[:, [0, -1]] = True
+    label[:, 0], label[:, -1] = 0, classes - 1
+    target = torch.zeros(2, anchors, classes)
+    target.scatter_(2, label.clamp(0, classes - 1)[..., None], (score * chosen)[..., None])
+    target[0, 0, 0], target[0, 1], target[0, 2] = -0.5, 0, -0.0
+    return target.to(dtype).to(device)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.5, 2.0])
+@pytest.mark.parametrize("dtype", FLOATS[:1] if INTERPRETED else [*FLOATS[:2], torch.float64])
+def test_planes_of_logits_with_one_target_a_row(backend, dtype, beta):
+    """Rows with at most one target are told from others block by block: none, few, and too many of
+    them, one with two targets in the last block, and rows that lie apart.
+    """
+    anchors = 70 if INTERPRETED else 1061
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    for classes, case in ((37, "few"), (80, "none"), (19, "two"), (17, "many"), (37, "apart")):
+        pred = logits(2, classes, anchors, dtype=dtype, device=backend.device)
+        share = 0.5 if case == "many" else 0.1
+        target = one_target_a_row(anchors, classes, share=share, dtype=exact, device=backend.device)
+        if case == "none":
+            target[1] = 0
+        if case == "two":
+            target[1, -7, 3], target[1, -7, 18] = 0.25, 0.75
+        if case == "apart":
+            target = torch.nn.functional.pad(target, (3, 2), value=float("nan"))[..., 3:-2]
+        options = {"class_dim": 1, "beta": beta, "reduction": "none", "what": case}
+        if case == "apart":
+            options["weight"] = row_weight((2, anchors), device=backend.device)
+        check_op("quality", pred, target.mT, **options)
+
+
+@pytest.mark.parametrize("beta", [0.0, 2.0])
+def test_a_nan_among_rows_of_targets_stays_in_its_element(backend, beta):
+    anchors, classes = 300, 37
+    pred = logits(2, classes, anchors, device=backend.device)
+    target = one_target_a_row(anchors, classes, device=backend.device)
+    target[:, 100:200] = 0
+    upstream = torch.ones(2, anchors, device=backend.device)
+    options = {"class_dim": 1, "beta": beta, "reduction": "none"}
+    clean, clean_grad = evaluate(quality_focal_loss, pred, upstream, (target.mT,), options)
+    target[1, 150, 36] = float("nan")
+    got, grad = evaluate(quality_focal_loss, pred, upstream, (target.mT,), options)
+    assert got.isnan().nonzero().tolist() == [[1, 150]]
+    assert grad.isnan().nonzero().tolist() == [[1, 36, 150]]
+    torch.testing.assert_close(got.nan_to_num(0), clean * ~got.isnan(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad.nan_to_num(0), clean_grad * ~grad.isnan(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_gradient_has_the_layout_of_the_input(backend, layout, reduction):

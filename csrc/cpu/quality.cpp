@@ -35,6 +35,14 @@ struct Square {  // beta = 2
     return quality_square_loss_grad(x, q);
   }
 };
+struct CrossEntropyBackground {  // beta = 0, q = 0
+  static constexpr int kWays = kQualityWays;
+  static constexpr bool kTarget = false;
+  template <typename V>
+  GFL_INLINE LossGrad<V> apply(const CrossEntropyBackground&, V x, V) {
+    return background_loss_grad(x, scalar_t<V>(1), scalar_t<V>(0), true);
+  }
+};
 struct CrossEntropy {  // beta = 0
   static constexpr int kWays = kQualityWays;
   static constexpr bool kTarget = true;
@@ -80,7 +88,8 @@ struct Others {
 };
 
 // n contiguous elements: logits, targets and weights, the gradient's and the weighted losses'
-// places. All but x may be null; factor is one of every gradient.
+// places. All but x may be null; factor is one of every gradient. next: the logits and gradients of
+// the run after this one, fetched meanwhile: it begins where no prefetcher knows.
 template <typename S, typename A>
 struct Run {
   const S* x;
@@ -89,17 +98,19 @@ struct Run {
   A* losses;
   int64_t n;
   A factor;
+  const S *next = nullptr, *next_grad = nullptr;
 
   Run part(int64_t begin, int64_t end) const {
     const auto from = [&](auto* values) { return values ? values + begin : values; };
-    return {from(x), from(q), from(w), from(grad), from(losses), end - begin, factor};
+    return {from(x),     from(q), from(w),    from(grad),     from(losses),
+            end - begin, factor,  from(next), from(next_grad)};
   }
 };
 
 // The sum of the weighted losses.
 template <bool kWeight, bool kGrad, typename Formula, typename S, typename A>
 double quality_tile(const Formula& formula, const Run<S, A>& run) {
-  const auto [x, q, w, grad, losses, n, factor] = run;
+  const auto [x, q, w, grad, losses, n, factor, next, next_grad] = run;
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
   const auto evaluate = [&](const auto& xv, const auto& qv, const auto& wv)
@@ -117,6 +128,10 @@ double quality_tile(const Formula& formula, const Run<S, A>& run) {
   Wide<V, ways> sums{};
   int64_t i = 0;
   for (; i + ways * lanes <= n; i += ways * lanes) {
+    for (int u = 0; next && u < ways * lanes; u += 64 / static_cast<int>(sizeof(S))) {
+      __builtin_prefetch(next + i + u);
+      if constexpr (kGrad) __builtin_prefetch(next_grad + i + u, 1);
+    }
     Wide<V, ways> xv, qv{}, wv{};
     for (int u = 0; u < ways; ++u) {
       xv[u] = load(x + i + u * lanes);
@@ -219,15 +234,17 @@ class Quality {
     row_score_ = scratch.take<A>(n);
     row_loss_ = scratch.take<A>(n);
     label_ = scratch.take<int64_t>(n);
-    positive_ = scratch.take<int64_t>(n);
+    first_ = scratch.take<int64_t>(n + 2);
     hits_ = scratch.take<int64_t>(n);
     square_ = p_.beta == 2 && p_.form == GFL_LOGITS;
     if (!square_) fill(ones_, n, 1);  // which has loops without weights
     const bool by_label = p_.score.data && has_positives(p_.form);
     no_label_ = by_label ? kNoLabel<A> : 0;
     above_ = by_label ? kNoLabel<double> : 0;
+    cross_entropy_ = p_.beta == 0 && p_.form == GFL_LOGITS;
     // QFL with other exponents has a formula that is more careful than Others.
-    has_background_ = square_ || !(on_probabilities(p_.form) || p_.form == GFL_LOGITS);
+    has_background_ =
+        square_ || cross_entropy_ || !(on_probabilities(p_.form) || p_.form == GFL_LOGITS);
     others_ = {background_alpha(p_.form, p_.alpha), p_.beta, detaches_weight(p_.form, p_.flags)};
   }
 
@@ -372,8 +389,8 @@ class Quality {
     S* const out = reinterpret_cast<S*>(p_.grad.data);
     const bool in_place = out && packed(p_.grad);
     S* const grad = !out ? nullptr : in_place ? out + at(p_.grad, r) : grad_;
-    const double sum =
-        tile_with_hits(hits, {x, q, w, grad, p_.loss.data ? losses_ : nullptr, n, factor});
+    const Run<S, A> run{x, q, w, grad, p_.loss.data ? losses_ : nullptr, n, factor};
+    const double sum = p_.score.data ? tile_with_hits(hits_, hits, run) : tile_of_targets(run);
     if (out && !in_place) {
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t c = 0; c < classes; ++c) {
@@ -392,17 +409,9 @@ class Quality {
   // A run of neighbouring anchors, one class plane after the other: [B, C, H, W].
   double tile_of_planes(int64_t r, int64_t rows) {
     const int64_t classes = p_.classes;
-    int64_t positives = 0;  // label_ and positive_
-    if (p_.score.data) {
-      load_labels(p_.target, at(p_.target, r), p_.target.row[inner_], rows, classes, label_);
-      load_run(p_.score, at(p_.score, r), p_.score.row[inner_], rows, row_score_);
-      for (int64_t i = 0; i < rows; ++i) {
-        if (label_[i] < 0) continue;
-        label_[positives] = label_[i];
-        positive_[positives++] = i;
-      }
-      fill(q_, rows, no_label_);
-    }
+    const bool in_place = p_.target.dtype == kDtype<A> && p_.target.row[inner_] == 1;
+    const bool in_rows = p_.target.dtype == kDtype<A> && p_.target.column == 1 && !in_place;
+    const bool sparse = find_hits(r, rows, in_rows);
     const bool spread = !uniform_ && !p_.weight_per_class;
     const A factor = static_cast<A>(uniform_ ? p_.scale * row_weight_[0] : p_.scale);
     const double loss_factor = uniform_ ? row_weight_[0] : 1;
@@ -410,16 +419,12 @@ class Quality {
     double total = 0;
     for (int64_t c = 0; c < classes; ++c) {
       const A* q = q_;
-      int64_t hits = 0;
-      if (p_.score.data) {
-        for (int64_t i = 0; i < positives; ++i) {
-          if (label_[i] != c) continue;
-          hits_[hits] = positive_[i];
-          q_[hits_[hits++]] = row_score_[positive_[i]];
-        }
-      } else if (p_.target.dtype == kDtype<A> && p_.target.row[inner_] == 1) {
+      const int64_t *const hit = hits_ + first_[c], *const last = hits_ + first_[c + 1];
+      if (sparse) {
+        for (const int64_t* h = hit; h < last; ++h) q_[*h] = row_score_[*h];
+      } else if (in_place) {
         q = reinterpret_cast<const A*>(p_.target.data) + at(p_.target, r) + c * p_.target.column;
-      } else if (p_.target.dtype == kDtype<A> && p_.target.column == 1) {
+      } else if (in_rows) {
         if (c % kTurned == 0) turn_targets(r, rows, c);
         q = turned_ + c % kTurned * kPlaneRows;
       } else {
@@ -437,18 +442,86 @@ class Quality {
           reinterpret_cast<const S*>(p_.pred.data) + at(p_.pred, r) + c * p_.pred.column;
       S* const out = reinterpret_cast<S*>(p_.grad.data);
       S* const grad = out ? out + at(p_.grad, r) + c * p_.grad.column : nullptr;
-      total +=
-          tile_with_hits(hits, {x, q, w, grad, p_.loss.data ? losses_ : nullptr, rows, factor});
+      Run<S, A> run{x, q, w, grad, p_.loss.data ? losses_ : nullptr, rows, factor};
+      if (c + 1 < classes) {
+        run.next = x + p_.pred.column;
+        run.next_grad = grad ? grad + p_.grad.column : nullptr;
+      }
+      total += sparse ? tile_with_hits(hit, last - hit, run) : tile_of_targets(run);
       if (p_.loss.data) {
         for (int64_t i = 0; i < rows; ++i) row_loss_[i] += losses_[i];
       }
-      if (p_.score.data) {
-        for (int64_t h = 0; h < hits; ++h) q_[hits_[h]] = no_label_;
+      if (sparse) {
+        for (const int64_t* h = hit; h < last; ++h) q_[*h] = no_label_;
       }
     }
     for (int64_t i = 0; i < rows && p_.loss.data; ++i)
       write_loss(r + i, row_loss_[i] * loss_factor);
     return total * loss_factor;
+  }
+
+  // hits_[first_[c], first_[c + 1]): the rows with a target in class c, ascending; row_score_:
+  // their targets. False, and no hits, if the targets are to be read class by class; up to kTurned
+  // classes are turned in one pass.
+  bool find_hits(int64_t r, int64_t rows, bool in_rows) {
+    memset(first_, 0, (p_.classes + 2) * sizeof(int64_t));
+    if (p_.score.data) {
+      load_labels(p_.target, at(p_.target, r), p_.target.row[inner_], rows, p_.classes, label_);
+      load_run(p_.score, at(p_.score, r), p_.score.row[inner_], rows, row_score_);
+    } else if (!in_rows || p_.classes <= kTurned || !find_labels(r, rows)) {
+      return false;
+    }
+    int64_t* const ends = first_ + 1;
+    for (int64_t i = 0; i < rows; ++i) {
+      if (label_[i] >= 0) ++ends[label_[i] + 1];
+    }
+    for (int64_t c = 1; c <= p_.classes; ++c) ends[c] += ends[c - 1];
+    for (int64_t i = 0; i < rows; ++i) {
+      if (label_[i] >= 0) hits_[ends[label_[i]]++] = i;
+    }
+    fill(q_, rows, no_label_);
+    return true;
+  }
+
+  // label_ and row_score_ of rows of classes with at most one target that is not 0, as assigners
+  // make them. False if a row has two, or so many have one that the targets are better turned.
+  bool find_labels(int64_t r, int64_t rows) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      const A* const row = reinterpret_cast<const A*>(p_.target.data) + at(p_.target, r + i);
+      const int64_t place = find_target(row, p_.classes);
+      found += place > 0;
+      if (place < 0 || found * 4 > rows) return false;
+      label_[i] = place - 1;
+      if (place > 0) row_score_[i] = row[place - 1];
+    }
+    return true;
+  }
+  // The place, counted from 1, of the only one of n values that is not 0; 0 if all are, -1 if
+  // several are not.
+  static int64_t find_target(const A* values, int64_t n) {
+    constexpr int64_t lanes = kLanes<A>;
+    using I = typename VectorTraits<Vector<A>>::integer;
+    I places{}, count{}, place;
+    for (int l = 0; l < lanes; ++l) place[l] = l + 1;
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) {
+      const I some = load(values + i) != A(0);
+      places |= some & place;
+      count -= some;
+      place += lanes;
+    }
+    int64_t at = 0, found = 0;
+    for (int l = 0; l < lanes; ++l) {
+      at += places[l];
+      found += count[l];
+    }
+    for (; i < n; ++i) {
+      if (values[i] == 0) continue;
+      at = i + 1;
+      ++found;
+    }
+    return found > 1 ? -1 : at;
   }
 
   // rows x classes values of an operand with a value per element, packed.
@@ -474,12 +547,12 @@ class Quality {
     }
   }
 
-  // Of a sparse problem the elements hits_[0, hits), ascending, have targets, which are in q_; all
-  // others are background, for which q_ holds no_label_ if there is a hit.
-  double tile_with_hits(int64_t hits, const Run<S, A>& run) {
+  // The elements hit[0, hits), ascending, have targets, which are in q_; all others are background,
+  // for which q_ holds no_label_ if there is a hit.
+  double tile_with_hits(const int64_t* hit, int64_t hits, const Run<S, A>& run) {
     // Only the vectors that run abreast with a hit need the formula with a target.
     constexpr int64_t group = kQualityWays * kLanes<A>;
-    if (!p_.score.data || !has_background_ || hits * group > run.n) return tile_of_targets(run);
+    if (!has_background_ || hits * group > run.n) return tile_of_targets(run);
     double sum = 0;
     int64_t done = 0;
     const auto part = [&](bool background, int64_t end) {
@@ -489,8 +562,8 @@ class Quality {
       done = end;
     };
     for (int64_t h = 0; h < hits; ++h) {
-      if (hits_[h] < done) continue;
-      part(true, hits_[h] / group * group);
+      if (hit[h] < done) continue;
+      part(true, hit[h] / group * group);
       part(false, smaller(done + group, run.n));
     }
     part(true, run.n);
@@ -506,6 +579,7 @@ class Quality {
   double tile_of_background(const Run<S, A>& run) {
     if (square_) return tile(Background{}, run);
     return widened(run, [&](Run<A, A> wide) {
+      if (cross_entropy_) return tile(CrossEntropyBackground{}, wide);
       if (!wide.w) wide.w = ones_;
       return weighted_tile(others_, wide);
     });
@@ -551,14 +625,14 @@ class Quality {
 
   const QualityProblem& p_;
   const int inner_;
-  bool square_, has_background_, uniform_ = true, some_zero_ = false;
+  bool square_, cross_entropy_, has_background_, uniform_ = true, some_zero_ = false;
   A no_label_;
   double above_;
   Others others_;
   S *x_, *grad_;
   A *q_, *w_, *losses_, *wide_x_, *wide_grad_, *ones_, *turned_, *row_weight_, *row_score_,
       *row_loss_;
-  int64_t *label_, *positive_, *hits_;
+  int64_t *label_, *first_, *hits_;
 };
 
 }  // namespace
