@@ -25,13 +25,7 @@ COMPILE = "compile: "  # prefix of every torch.compile form
 # --quick leaves these forms out to stay under two minutes; the full run times every form.
 NOT_QUICK = {
     **{op: [] for op in (*SUMMARIES, "ld", "decode")},
-    "qfl": ["as is"],
-    "vfl": ["as is"],
-    "focal": ["as is"],
-    "mal": ["as is"],
-    "ia_bce": ["as is"],
-    "psl": ["as is"],
-    "bce": ["as is"],
+    **{op: ["as is"] for op in ("qfl", "vfl", "focal", "mal", "ia_bce", "psl", "bce")},
     "dfl": ["one log-softmax"],
 }
 SEED = 20201
@@ -250,13 +244,9 @@ def _truth_rows(case: Case, inputs: Inputs, part: slice, x: Tensor) -> Tensor:
         total = reference.localization_distillation_loss(x, taught, weight=weight, reduction="sum")
         return total / divisor
     if case.op in ("dfl", "fgl"):
-        if case.op == "dfl":
-            target = inputs.target[part].double()
-        else:
-            left, *weights = (t[part] for t in inputs.target)
-            target = (left, *(w.double() for w in weights))
-        with gfl_kernels.use_backend("reference"):
-            total = gfl_kernels.distribution_focal_loss(x, target, weight=weight, reduction="sum")
+        explicit = isinstance(inputs.target, tuple)
+        target = tuple(t[part] for t in inputs.target) if explicit else inputs.target[part]
+        total = reference.distribution_focal_loss(x, target, weight=weight, reduction="sum")
         return total / divisor
     if isinstance(inputs.target, tuple):
         label, score = inputs.target
@@ -396,28 +386,22 @@ def forms(case: Case, inputs: Inputs) -> tuple[Callable, dict[str, Callable], Ca
                 x, target, weight=weight, avg_factor=avg_factor
             ),
         )
-    if case.op == "dfl":
+    if case.op in ("dfl", "fgl"):
+        upstream_form, best_forms = {
+            "dfl": (
+                eager.distribution_focal_loss,
+                {"one log-softmax": log_softmax_distribution, "hat": hat_distribution},
+            ),
+            "fgl": (eager.fine_grained_localization_loss, {}),
+        }[case.op]
+
+        def given(form):
+            return lambda x: form(x, target, weight=weight, avg_factor=avg_factor)
+
         return (
-            lambda x: eager.distribution_focal_loss(x, target, weight, avg_factor=avg_factor),
-            {
-                "one log-softmax": lambda x: log_softmax_distribution(
-                    x, target, weight, avg_factor=avg_factor
-                ),
-                "hat": lambda x: hat_distribution(x, target, weight, avg_factor=avg_factor),
-            },
-            lambda x: gfl_kernels.distribution_focal_loss(
-                x, target, weight=weight, avg_factor=avg_factor
-            ),
-        )
-    if case.op == "fgl":
-        return (
-            lambda x: eager.fine_grained_localization_loss(
-                x, target, weight, avg_factor=avg_factor
-            ),
-            {},
-            lambda x: gfl_kernels.distribution_focal_loss(
-                x, target, weight=weight, avg_factor=avg_factor
-            ),
+            given(upstream_form),
+            {name: given(form) for name, form in best_forms.items()},
+            given(gfl_kernels.distribution_focal_loss),
         )
     if (case.op, case.form) in FAMILY:
         written_out, fused = FAMILY[case.op, case.form]

@@ -208,9 +208,9 @@ def fine_grained_localization_loss(pred: Tensor, target, weight=None, *, avg_fac
     """FGL on logits [N, K]; target (left bin [N], its weight [N], the right one's [N])."""
     left, weight_left, weight_right = target
     right = left + 1
-    loss = F.cross_entropy(pred, left, reduction="none") * weight_left.reshape(
-        -1
-    ) + F.cross_entropy(pred, right, reduction="none") * weight_right.reshape(-1)
+    of_left = F.cross_entropy(pred, left, reduction="none") * weight_left.reshape(-1)
+    of_right = F.cross_entropy(pred, right, reduction="none") * weight_right.reshape(-1)
+    loss = of_left + of_right
     return weight_reduce_loss(loss, weight, "mean", avg_factor)
 
 

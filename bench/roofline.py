@@ -255,12 +255,9 @@ def operation(case: Case, inputs) -> tuple[str, tuple]:
     }
     if case.op in summaries:
         return summaries[case.op]
-    if case.op == "dfl":
-        return "distribution", (inputs.target, None, None, inputs.weight, None, 1.0, SUM)
-    if case.op == "fgl":
-        left, weight_left, weight_right = inputs.target
-        target = left, weight_left, weight_right, inputs.weight
-        return "distribution", (*target, None, 1.0, SUM)
+    if case.op in ("dfl", "fgl"):
+        target = inputs.target if isinstance(inputs.target, tuple) else (inputs.target, None, None)
+        return "distribution", (*target, inputs.weight, None, 1.0, SUM)
     if case.op == "ld":
         return "distillation", (inputs.target, inputs.weight, None, 10.0, 1.0, SUM)
     rules = {  # of the op: form, flags, alpha, beta

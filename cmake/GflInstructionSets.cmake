@@ -1,8 +1,7 @@
 # Which instruction sets the kernels are compiled for.
 #
-# In: GFL_DISPATCH. Out: GFL_ISAS (baseline first), GFL_ISA_FLAGS_<isa>; members of the list
-# GFL_LEFT_OUT. Each is chosen at run time, so the build machine need not have it; only the compiler must know
-# its flags.
+# In: GFL_DISPATCH. Out: GFL_ISAS (baseline first), GFL_ISA_FLAGS_<isa>; members of the list GFL_LEFT_OUT. Each is
+# chosen at run time, so the build machine need not have it; only the compiler must know its flags.
 include(CheckCXXCompilerFlag)
 
 set(GFL_ISAS baseline)

@@ -45,7 +45,7 @@ def _child(request):
         os.setsid()
         os.chdir(request["cwd"])
         for number, name in enumerate([os.devnull, request["out"], request["err"]]):
-            file = os.open(name, os.O_RDWR | (os.O_TRUNC if number else 0))
+            file = os.open(name, os.O_RDWR | os.O_CREAT)
             os.dup2(file, number)
         os.environ.clear()
         os.environ.update(request["env"])
@@ -107,8 +107,6 @@ class Server:
                 text=True,
             )
         out, err = (folder / name for name in ("out", "err"))
-        for file in (out, err):
-            file.touch()
         request = {
             **{"arguments": arguments, "env": env, "path": path, "cwd": str(cwd)},
             **{"out": str(out), "err": str(err), "timeout": timeout},

@@ -331,14 +331,12 @@ def test_no_worse_than_eager(fused, name, dtype):
         make_target = sparse_target if form == "sparse" else dense_target
         target = make_target((rows,), classes, device=fused.device)
         weight = row_weight((rows,), device=fused.device)
-        kwargs = (
-            kwargs
-            | {
-                "none": {},
-                "mean": {"weight": weight, "avg_factor": 5.5},
-                "sum": {"weight": weight[:, None].expand(rows, classes)},
-            }[reduction]
-        )
+        weighted = {
+            "none": {},
+            "mean": {"weight": weight, "avg_factor": 5.5},
+            "sum": {"weight": weight[:, None].expand(rows, classes)},
+        }
+        kwargs = kwargs | weighted[reduction]
         scale = 50.0 if kwargs.get("activated") else 1.0
         what = f"{name} {form} C={classes} N={rows}"
         check_op(op, pred, target, reduction=reduction, grad_scale=scale, what=what, **kwargs)

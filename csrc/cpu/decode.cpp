@@ -106,7 +106,7 @@ class Decode {
   void load_sides(int64_t r, int s, int lanes) {
     const Operand& o = p_.pred;
     const int64_t step = o.row[inner_];
-#pragma GCC unroll 1
+#pragma GCC unroll 1  // as in distribution.cpp
     for (int u = 0; u < kSides; ++u) {
       const S* const first =
           reinterpret_cast<const S*>(o.data) + at(o, r) + (s + u) * p_.bins * o.column;

@@ -32,8 +32,9 @@ GFL_DECLARE_KERNELS(avx2)
 GFL_DECLARE_KERNELS(avx512)
 #undef GFL_DECLARE_KERNELS
 
-// Functions here are static: what inline functions share in a build without optimisation, kernels
-// of different instruction sets may not.
+// The functions below are static: without optimisation, inline ones would be shared by the kernels
+// of different instruction sets.
+
 constexpr int64_t kHeadCells = 1024;
 // Labels and positives of the cells, logits of a positive, four sides of bins with a positive per
 // lane.
