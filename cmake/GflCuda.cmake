@@ -1,10 +1,11 @@
 # Whether the CUDA kernels are built, and for which GPUs.
 #
 # In: GFL_CUDA, GFL_CUDA_ARCHITECTURES. Out: GFL_HAVE_CUDA, CMAKE_CUDA_ARCHITECTURES or, with that OFF,
-# GFL_CUDA_GENCODE, and GFL_CUDA_BUILT_FOR; or a member of the list GFL_LEFT_OUT.
+# GFL_CUDA_GENCODE and GFL_CUDA_GENCODE_DISTRIBUTION, and GFL_CUDA_BUILT_FOR; or a member of the list GFL_LEFT_OUT.
 set(GFL_HAVE_CUDA OFF)
 set(GFL_CUDA_BUILT_FOR "")
 set(GFL_CUDA_GENCODE)
+set(GFL_CUDA_GENCODE_DISTRIBUTION)
 set(why "${GFL_CUDA_WHY_NOT}")
 if(GFL_CUDA STREQUAL "OFF" AND NOT why)
   set(why "it was not asked for")
@@ -31,24 +32,29 @@ endif()
 # Set before the language is enabled: CMake's own default is what this machine has.
 set(CMAKE_CUDA_ARCHITECTURES ${GFL_CUDA_ARCHITECTURES})
 if(NOT CMAKE_CUDA_ARCHITECTURES)
-  # GPUs that differ in nothing the kernels use have their SASS assembled from one PTX: the front end of nvcc is
-  # more than half of its time. Each PTX is that of the group's oldest GPU; the newest one stays in the library
-  # for GPUs that are not listed here.
+  # GPUs that differ in nothing a file uses have their SASS assembled from one PTX: the front end of nvcc is half
+  # of its time. Each PTX is that of the group's oldest GPU; the newest one stays in the library for GPUs that are
+  # not listed here.
   set(CMAKE_CUDA_ARCHITECTURES OFF)
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-code OUTPUT_VARIABLE known)
-  foreach(group IN ITEMS "75" "80 86 89" "90" "100 120")
-    separate_arguments(group)
-    list(GET group 0 oldest)
-    foreach(gpu IN LISTS group)
-      if(known MATCHES "sm_${gpu}\n" AND known MATCHES "sm_${oldest}\n")
-        list(APPEND GFL_CUDA_GENCODE -gencode=arch=compute_${oldest},code=sm_${gpu})
-        list(APPEND GFL_CUDA_BUILT_FOR ${gpu}-real)
-        set(newest ${oldest})
-      endif()
+  function(gfl_gencode out)
+    foreach(group IN LISTS ARGN)
+      separate_arguments(group)
+      list(GET group 0 oldest)
+      foreach(gpu IN LISTS group)
+        if(known MATCHES "sm_${gpu}\n" AND known MATCHES "sm_${oldest}\n")
+          list(APPEND options -gencode=arch=compute_${oldest},code=sm_${gpu})
+          list(APPEND built_for ${gpu}-real)
+          set(newest ${oldest})
+        endif()
+      endforeach()
     endforeach()
-  endforeach()
-  list(APPEND GFL_CUDA_GENCODE -gencode=arch=compute_${newest},code=compute_${newest})
-  list(APPEND GFL_CUDA_BUILT_FOR ${newest}-virtual)
+    list(APPEND options -gencode=arch=compute_${newest},code=compute_${newest})
+    set(${out} ${options} PARENT_SCOPE)
+    set(GFL_CUDA_BUILT_FOR ${built_for} ${newest}-virtual PARENT_SCOPE)
+  endfunction()
+  gfl_gencode(GFL_CUDA_GENCODE "75" "80 86 89 90" "100 120")
+  gfl_gencode(GFL_CUDA_GENCODE_DISTRIBUTION "75" "80 86 89" "90" "100 120")  # sm_90 asks for fewer registers
 endif()
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)  # which looks for the driver when it is first called
 enable_language(CUDA)

@@ -16,6 +16,12 @@ constexpr double kEps = 1.1920928955078125e-07;  // eps(float32), which mmdetect
 
 // Elements
 
+// A bfloat16 or a float16. Which of the two is known at run time: kernels for each of them would be no
+// faster, but as many again.
+struct Half {
+  uint16_t bits;
+};
+
 template <int kDtype>
 struct Element;
 template <>
@@ -29,25 +35,13 @@ struct Element<GFL_FLOAT64> {
   using acc = double;
 };
 template <>
-struct Element<GFL_BFLOAT16> {
-  using type = __nv_bfloat16;
-  using acc = float;
-};
-template <>
-struct Element<GFL_FLOAT16> {
-  using type = __half;
+struct Element<kHalf> {
+  using type = Half;
   using acc = float;
 };
 
-GFL_DEVICE float widen(float x) { return x; }
-GFL_DEVICE double widen(double x) { return x; }
 GFL_DEVICE float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 GFL_DEVICE float widen(__half x) { return __half2float(x); }
-
-GFL_DEVICE void narrow(float value, float* to) { *to = value; }
-GFL_DEVICE void narrow(double value, double* to) { *to = value; }
-GFL_DEVICE void narrow(float value, __nv_bfloat16* to) { *to = __float2bfloat16_rn(value); }
-GFL_DEVICE void narrow(float value, __half* to) { *to = __float2half_rn(value); }
 
 // 16 bytes of elements; what a thread loads or stores at once.
 template <typename T>
@@ -65,36 +59,79 @@ template <typename T>
 GFL_DEVICE void store_vector(T* to, const Vector<T>& v) {
   *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&v);
 }
-template <typename T, typename A, int n>
-GFL_DEVICE void widen(const Vector<T>& v, A (&to)[n]) {
+
+// Elements of a launch as numbers to compute with, and back.
+template <typename T>
+struct Format {
+  GFL_MEMBER explicit Format(int) {}
+
+  GFL_MEMBER T widen(T x) const { return x; }
+  template <int n>
+  GFL_MEMBER void widen(const T (&from)[n], T (&to)[n]) const {
 #pragma unroll
-  for (int i = 0; i < n; ++i) to[i] = widen(v.of[i]);
-}
-// An instruction for each: by halves the compiler takes two.
-template <int n>
-GFL_DEVICE void widen(const Vector<__nv_bfloat16>& v, float (&to)[n]) {
-  const uint32_t* const pairs = reinterpret_cast<const uint32_t*>(&v);
-#pragma unroll
-  for (int i = 0; i < n; i += 2) {
-    to[i] = __uint_as_float(pairs[i / 2] << 16);
-    to[i + 1] = __uint_as_float(pairs[i / 2] & 0xffff0000u);
+    for (int i = 0; i < n; ++i) to[i] = from[i];
   }
-}
-template <int n>
-GFL_DEVICE void widen(const Vector<__half>& v, float (&to)[n]) {
-  const __half2* const pairs = reinterpret_cast<const __half2*>(&v);
-#pragma unroll
-  for (int i = 0; i < n; i += 2) {
-    const float2 pair = __half22float2(pairs[i / 2]);
-    to[i] = pair.x;
-    to[i + 1] = pair.y;
+  GFL_MEMBER void narrow(T value, T* to) const { *to = value; }
+  template <int n>
+  GFL_MEMBER void narrow(const T (&from)[n], T (&to)[n]) const {
+    widen(from, to);
   }
-}
+};
+template <>
+struct Format<Half> {
+  bool is_bfloat;
+
+  GFL_MEMBER explicit Format(int dtype) : is_bfloat(dtype == GFL_BFLOAT16) {}
+
+  GFL_MEMBER float widen(Half x) const {
+    return is_bfloat ? __uint_as_float(uint32_t{x.bits} << 16)
+                     : gfl::widen(reinterpret_cast<const __half&>(x));
+  }
+  template <int n>
+  GFL_MEMBER void widen(const Half (&from)[n], float (&to)[n]) const {
+    constexpr bool kPairs = n % 2 == 0;  // in one register
+    const uint32_t* const pairs = reinterpret_cast<const uint32_t*>(&from);
+    if (is_bfloat) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        if (kPairs) {
+          to[i] = __uint_as_float(i % 2 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16);
+        } else {
+          to[i] = __uint_as_float(uint32_t{from[i].bits} << 16);
+        }
+      }
+    } else {
+      const __half* const halves = reinterpret_cast<const __half*>(&from);
+#pragma unroll
+      for (int i = 0; i < n; ++i) to[i] = __half2float(halves[i]);
+    }
+  }
+  GFL_MEMBER void narrow(float value, Half* to) const {
+    if (is_bfloat) {
+      *reinterpret_cast<__nv_bfloat16*>(to) = __float2bfloat16_rn(value);
+    } else {
+      *reinterpret_cast<__half*>(to) = __float2half_rn(value);
+    }
+  }
+  template <int n>
+  GFL_MEMBER void narrow(const float (&from)[n], Half (&to)[n]) const {
+    if (is_bfloat) {
+      __nv_bfloat16* const all = reinterpret_cast<__nv_bfloat16*>(&to);
+#pragma unroll
+      for (int i = 0; i < n; ++i) all[i] = __float2bfloat16_rn(from[i]);
+    } else {
+      __half* const all = reinterpret_cast<__half*>(&to);
+#pragma unroll
+      for (int i = 0; i < n; ++i) all[i] = __float2half_rn(from[i]);
+    }
+  }
+};
 // Qualities of a dense target, in pred's dtype or float32; aligned.
 template <typename T, int n>
-GFL_DEVICE void load_qualities(const void* from, bool is_float, float (&q)[n]) {
+GFL_DEVICE void load_qualities(const Format<T>& format, const void* from, bool is_float,
+                               float (&q)[n]) {
   if (sizeof(T) == 4 || !is_float) {
-    widen(load_vector(static_cast<const T*>(from)), q);
+    format.widen(load_vector(static_cast<const T*>(from)).of, q);
   } else {
 #pragma unroll
     for (int i = 0; i < n; i += 4) {
@@ -106,9 +143,10 @@ GFL_DEVICE void load_qualities(const void* from, bool is_float, float (&q)[n]) {
 }
 
 template <typename T>
-GFL_DEVICE float load_quality(const void* target, bool is_float, int64_t at) {
+GFL_DEVICE float load_quality(const Format<T>& format, const void* target, bool is_float,
+                              int64_t at) {
   return is_float ? static_cast<const float*>(target)[at]
-                  : widen(static_cast<const T*>(target)[at]);
+                  : format.widen(static_cast<const T*>(target)[at]);
 }
 // A pointer that the compiler takes as it is. Otherwise it adds a loop's index to the offset that
 // the pointer was made of, which takes six instructions at every use instead of one.

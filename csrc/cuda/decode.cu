@@ -36,7 +36,7 @@ struct Side {
 // The expectation and the standard deviation of a side, by `lanes` neighbours of which this thread
 // is number `lane`. The whole warp takes part.
 template <typename A, typename T>
-GFL_DEVICE Side<A> assess_side(const T* z, const void* values, const DecodeShape& s, int lane,
+GFL_DEVICE Side<A> assess_side(const T* z, const Format<T>& format, const void* values, const DecodeShape& s, int lane,
                                int lanes) {
   const int64_t step = s.pred.column;
   const int bins = s.bins;
@@ -44,7 +44,7 @@ GFL_DEVICE Side<A> assess_side(const T* z, const void* values, const DecodeShape
     return values ? static_cast<const A*>(values)[k * s.values.column] : static_cast<A>(k);
   };
   A high = static_cast<A>(-INFINITY);
-  for (int k = lane; k < bins; k += lanes) high = larger(widen(z[k * step]), high);
+  for (int k = lane; k < bins; k += lanes) high = larger(format.widen(z[k * step]), high);
   high = max_lanes(high, lanes);
   const bool peaked = s.window >= 0;
   const A window = static_cast<A>(s.window);
@@ -52,13 +52,13 @@ GFL_DEVICE Side<A> assess_side(const T* z, const void* values, const DecodeShape
   if (peaked) {
     A last = static_cast<A>(-bins);  // the first one, negated
     for (int k = lane; k < bins; k += lanes) {
-      if (widen(z[k * step]) == high) last = larger(static_cast<A>(-k), last);
+      if (format.widen(z[k * step]) == high) last = larger(static_cast<A>(-k), last);
     }
     peak = -max_lanes(last, lanes);
   }
   A sum = 0, moment = 0, whole_sum = 0, whole_moment = 0;
   for (int k = lane; k < bins; k += lanes) {
-    const A whole = exponential(widen(z[k * step]) - high), y = value_of(k);
+    const A whole = exponential(format.widen(z[k * step]) - high), y = value_of(k);
     const A e = peaked ? whole * peak_window(static_cast<A>(k), peak, window) : whole;
     sum += e;
     moment += e * y;
@@ -72,7 +72,7 @@ GFL_DEVICE Side<A> assess_side(const T* z, const void* values, const DecodeShape
     A variance = 0;
     for (int k = lane; k < bins; k += lanes) {
       const A away = value_of(k) - mean;
-      variance += exponential(widen(z[k * step]) - high) * (away * away);
+      variance += exponential(format.widen(z[k * step]) - high) * (away * away);
     }
     side.deviation = square_root(sum_lanes(variance, lanes) * inverse);
   }
@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
                   const __grid_constant__ DecodeShape s) {
   using T = typename Element<kDtype>::type;
   using A = typename Element<kDtype>::acc;
+  const Format<T> format(s.pred.dtype);
   const bool planes = s.planes;
   const int lanes = planes ? 1 : kDecodeLanes, of_row = planes ? 1 : 4 * kDecodeLanes;
   const int lane = threadIdx.x & (lanes - 1), sides = planes ? 4 : 1,
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
     for (int i = 0; i < sides; ++i) {
       const int side = first_side + i, axis = side % 2;
       const Side<A> found =
-          assess_side<A>(z + side * s.bins * s.pred.column, values, s, lane, lanes);
+          assess_side<A>(z + side * s.bins * s.pred.column, format, values, s, lane, lanes);
       if (lane != 0 || !inside) continue;
       const A point =
           load_value<A>(points, s.points.dtype, row.offset(s.points) + axis * s.points.column);
@@ -130,6 +131,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
     score_kernel(const void* cls, void* score, void* label, const __grid_constant__ DecodeShape s) {
   using T = typename Element<kDtype>::type;
   using A = typename Element<kDtype>::acc;
+  const Format<T> format(s.cls.dtype);
   const int lanes = 1 << s.lane_bits, lane = threadIdx.x & (lanes - 1);
   const int64_t together = kDecodeThreads >> s.lane_bits;
   for (int64_t first = blockIdx.x * together; first < s.rows.count; first += gridDim.x * together) {
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
     A high = static_cast<A>(-INFINITY);
     int best = lane < s.classes ? lane : s.classes;
     for (int c = lane; c < s.classes; c += lanes) {
-      const A value = widen(x[c * s.cls.column]);
+      const A value = format.widen(x[c * s.cls.column]);
       if (surpasses(value, high)) {
         high = value;
         best = c;
@@ -170,10 +172,8 @@ __global__ void __launch_bounds__(kDecodeThreads)
         return reinterpret_cast<const void*>(kernel<GFL_FLOAT32>);  \
       case GFL_FLOAT64:                                             \
         return reinterpret_cast<const void*>(kernel<GFL_FLOAT64>);  \
-      case GFL_BFLOAT16:                                            \
-        return reinterpret_cast<const void*>(kernel<GFL_BFLOAT16>); \
-      case GFL_FLOAT16:                                             \
-        return reinterpret_cast<const void*>(kernel<GFL_FLOAT16>);  \
+      case kHalf:                                                   \
+        return reinterpret_cast<const void*>(kernel<kHalf>);        \
       default:                                                      \
         return nullptr;                                             \
     }                                                               \

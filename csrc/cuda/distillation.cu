@@ -26,6 +26,7 @@ template <int kHeld, typename A, typename T>
 struct Tempered {
   const T* z;
   const DistillationShape& s;
+  const Format<T> format;
   int64_t step;
   bool read;
   A high, sum;
@@ -35,6 +36,7 @@ struct Tempered {
                       bool is_read, int lane)
       : z(row),
         s(shape),
+        format(steps.dtype),
         step(steps.column),
         read(is_read),
         high(static_cast<A>(-INFINITY)),
@@ -61,7 +63,7 @@ struct Tempered {
  private:
   GFL_MEMBER A logit(int k) const {
     if (!read || (kHeld > 0 && k >= s.bins)) return static_cast<A>(-INFINITY);
-    return widen(kHeld > 0 ? z[k] : z[k * step]);
+    return format.widen(kHeld > 0 ? z[k] : z[k * step]);
   }
   GFL_MEMBER A shifted(A value) const {
     return (value - high) * static_cast<A>(s.inverse_temperature);
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(kDistributionThreads)
         const A g =
             distillation_grad(student.power(i, k) * inverse, model.power(i, k) * teacher_inverse) *
             scale;
-        narrow(read ? g : A(0), kHeld > 0 ? to + k : to + k * s.grad.column);
+        student.format.narrow(read ? g : A(0), kHeld > 0 ? to + k : to + k * s.grad.column);
       });
     }
   }
@@ -136,10 +138,8 @@ const void* distillation_kernel_at(int dtype, int held) {
       return find<GFL_FLOAT32>(held);
     case GFL_FLOAT64:
       return reinterpret_cast<const void*>(distillation_kernel<GFL_FLOAT64, 0>);
-    case GFL_BFLOAT16:
-      return find<GFL_BFLOAT16>(held);
-    case GFL_FLOAT16:
-      return find<GFL_FLOAT16>(held);
+    case kHalf:
+      return find<kHalf>(held);
     default:
       return nullptr;
   }

@@ -46,27 +46,6 @@ GFL_DEVICE A bin_value(const void* values, const Steps& steps, int k) {
   return values ? static_cast<const A*>(values)[k * steps.column] : static_cast<A>(k);
 }
 
-// kPiece neighbouring bins of a row: 1, or a vector of them, which is aligned.
-template <int kPiece, typename T, typename A>
-GFL_DEVICE void load_piece(const T* from, A (&to)[kPiece]) {
-  if constexpr (kPiece == 1) {
-    to[0] = widen(*from);
-  } else {
-    widen(load_vector(from), to);
-  }
-}
-template <int kPiece, typename T, typename A>
-GFL_DEVICE void store_piece(T* to, const A (&from)[kPiece]) {
-  if constexpr (kPiece == 1) {
-    narrow(from[0], to);
-  } else {
-    Vector<T> v;
-#pragma unroll
-    for (int i = 0; i < kPiece; ++i) narrow(from[i], v.of + i);
-    store_vector(to, v);
-  }
-}
-
 // Where the bins of a row are while it is computed: in shared memory, where the gradient may take
 // the place of z; or at their places in pred and grad.
 template <typename T, typename Step>
@@ -74,9 +53,45 @@ struct Bins {
   const T* pred;
   T* grad;
   Step pred_step, grad_step;
+  Format<T> format;
 
   GFL_MEMBER const T* z(int k) const { return pred + k * pred_step; }
   GFL_MEMBER T* g(int k) const { return grad + k * grad_step; }
+  template <typename A>
+  GFL_MEMBER A load(int k) const {
+    return format.widen(*z(k));
+  }
+  template <typename A>
+  GFL_MEMBER void store(A value, int k) const {
+    format.narrow(value, g(k));
+  }
+  // n bins from k on, by pieces of kPiece neighbours: 1, or a vector of them, which is aligned.
+  template <int kPiece, int n, typename A>
+  GFL_MEMBER void load(int k, A (&to)[n]) const {
+    alignas(16) T raw[n];
+#pragma unroll
+    for (int i = 0; i < n; i += kPiece) {
+      if constexpr (kPiece == 1) {
+        raw[i] = *z(k + i);
+      } else {
+        reinterpret_cast<Vector<T>&>(raw[i]) = load_vector(z(k + i));
+      }
+    }
+    format.widen(raw, to);
+  }
+  template <int kPiece, int n, typename A>
+  GFL_MEMBER void store(const A (&from)[n], int k) const {
+    alignas(16) T raw[n];
+    format.narrow(from, raw);
+#pragma unroll
+    for (int i = 0; i < n; i += kPiece) {
+      if constexpr (kPiece == 1) {
+        *g(k + i) = raw[i];
+      } else {
+        store_vector(g(k + i), reinterpret_cast<const Vector<T>&>(raw[i]));
+      }
+    }
+  }
   // of(k, z) for every `lanes`-th bin from `lane` to `end`. A pointer walks: out of k an address in
   // shared memory takes ten instructions.
   template <typename F>
@@ -84,7 +99,7 @@ struct Bins {
     const T* at = z(lane);
     const Step ahead = lanes * pred_step;
 #pragma unroll 1
-    for (int k = lane; k < end; k += lanes, at += ahead) of(k, widen(*at));
+    for (int k = lane; k < end; k += lanes, at += ahead) of(k, format.widen(*at));
   }
 };
 
@@ -115,11 +130,10 @@ GFL_DEVICE A finish_row(const RowTotals<A>& t, bool is_integral, Row<A>* row, A*
 template <typename T, typename Step, typename A>
 GFL_DEVICE void write_sides(const Bins<T, Step>& bins, const RowTotals<A>& t, const Row<A>& row,
                             A inverse, int left, int last) {
-  narrow(distribution_grad(exponential(t.z_left) * inverse, true, false, row.wl, row.wr),
-         bins.g(left));
+  bins.store(distribution_grad(exponential(t.z_left) * inverse, true, false, row.wl, row.wr), left);
   if (left < last) {
-    narrow(distribution_grad(exponential(t.z_right) * inverse, false, true, row.wl, row.wr),
-           bins.g(left + 1));
+    bins.store(distribution_grad(exponential(t.z_right) * inverse, false, true, row.wl, row.wr),
+               left + 1);
   }
 }
 
@@ -135,7 +149,7 @@ GFL_DEVICE A compute_row(const Bins<T, Step>& bins, Row<A> row, bool is_integral
   if (read) {
     for (int k = first; k < count; k += step) {
       A z[kPiece];
-      load_piece(bins.z(k), z);
+      bins.template load<kPiece>(k, z);
 #pragma unroll
       for (int i = 0; i < kPiece; ++i) t.high = larger(z[i], t.high);
     }
@@ -145,7 +159,7 @@ GFL_DEVICE A compute_row(const Bins<T, Step>& bins, Row<A> row, bool is_integral
   if (read) {
     for (int k = first; k < count; k += step) {
       A z[kPiece];
-      load_piece(bins.z(k), z);
+      bins.template load<kPiece>(k, z);
 #pragma unroll
       for (int i = 0; i < kPiece; ++i) {
         const A e = exponential(z[i] - t.high);
@@ -154,8 +168,8 @@ GFL_DEVICE A compute_row(const Bins<T, Step>& bins, Row<A> row, bool is_integral
       }
     }
     if (!is_integral) {
-      t.z_left = widen(*bins.z(left)) - t.high;
-      t.z_right = widen(*bins.z(min(left + 1, count - 1))) - t.high;
+      t.z_left = bins.template load<A>(left) - t.high;
+      t.z_right = bins.template load<A>(min(left + 1, count - 1)) - t.high;
     }
   }
   t.sum = sum_lanes(t.sum, lanes);
@@ -167,7 +181,7 @@ GFL_DEVICE A compute_row(const Bins<T, Step>& bins, Row<A> row, bool is_integral
     for (int k = first; k < count; k += step) {
       A g[kPiece] = {};
       if (read) {
-        load_piece(bins.z(k), g);
+        bins.template load<kPiece>(k, g);
 #pragma unroll
         for (int i = 0; i < kPiece; ++i) {
           g[i] = exponential(g[i] - t.high) * inverse;
@@ -176,7 +190,7 @@ GFL_DEVICE A compute_row(const Bins<T, Step>& bins, Row<A> row, bool is_integral
           }
         }
       }
-      store_piece(bins.g(k), g);
+      bins.template store<kPiece>(g, k);
     }
   }
   __syncwarp();
@@ -190,21 +204,16 @@ GFL_DEVICE A compute_row(const Bins<T, Step>& bins, Row<A> row, bool is_integral
 template <int kBins, int kPiece, typename T, typename A>
 GFL_DEVICE A compute_whole_row(const Bins<T, int>& bins, Row<A> row, bool is_integral, bool write,
                                const void* values, const DistributionShape& s) {
-  A e[kBins / kPiece][kPiece];
+  A e[kBins] = {};
   if (row.w == 0) {
-    if (write) {
-      const A zeros[kPiece] = {};
-#pragma unroll
-      for (int k = 0; k < kBins; k += kPiece) store_piece(bins.g(k), zeros);
-    }
+    if (write) bins.template store<kPiece>(e, 0);
     return 0;
   }
-#pragma unroll
-  for (int k = 0; k < kBins; k += kPiece) load_piece(bins.z(k), e[k / kPiece]);
-  RowTotals<A> t{e[0][0], 0, 0, 0, 0};
+  bins.template load<kPiece>(0, e);
+  RowTotals<A> t{e[0], 0, 0, 0, 0};
   const auto each = [&](const auto& of) {
 #pragma unroll
-    for (int k = 0; k < kBins; ++k) of(k, e[k / kPiece][k % kPiece]);
+    for (int k = 0; k < kBins; ++k) of(k, e[k]);
   };
   each([&](int, A& z) { t.high = larger(z, t.high); });
   each([&](int, A& z) {
@@ -215,8 +224,8 @@ GFL_DEVICE A compute_whole_row(const Bins<T, int>& bins, Row<A> row, bool is_int
   if (is_integral) {
     each([&](int k, A& z) { t.moment += z * bin_value<A>(values, s.values, k); });
   } else {
-    t.z_left = widen(*bins.z(left)) - t.high;
-    t.z_right = widen(*bins.z(min(left + 1, kBins - 1))) - t.high;
+    t.z_left = bins.template load<A>(left) - t.high;
+    t.z_right = bins.template load<A>(min(left + 1, kBins - 1)) - t.high;
   }
   A inverse;
   const A value = finish_row(t, is_integral, &row, &inverse);
@@ -226,8 +235,7 @@ GFL_DEVICE A compute_whole_row(const Bins<T, int>& bins, Row<A> row, bool is_int
     asm("" : "+l"(values));  // or the values of all bins would stay in registers since the moment
     each([&](int k, A& z) { z = expectation_grad(z, bin_value<A>(values, s.values, k), value); });
   }
-#pragma unroll
-  for (int k = 0; k < kBins; k += kPiece) store_piece(bins.g(k), e[k / kPiece]);
+  bins.template store<kPiece>(e, 0);
   if (!is_integral) write_sides(bins, t, row, inverse, left, kBins - 1);
   return value;
 }
@@ -348,12 +356,12 @@ GFL_DEVICE void summarise_row(const Bins<T, Step>& bins, bool read, const void* 
     if (s.add_mean) write(s.topk, top_sum * share);
     if (!upstream) return;
     each([&](int k, A z) {
-      narrow(expectation_grad(exponential(z - high) * inverse, A(0), total), bins.g(k));
+      bins.store(expectation_grad(exponential(z - high) * inverse, A(0), total), k);
     });
     __syncwarp();
     each_place([&](int j, int place, A p) {
       if (read && lane == 0 && place < count) {
-        narrow(expectation_grad(p, from_upstream(j) + of_mean, total), bins.g(place));
+        bins.store(expectation_grad(p, from_upstream(j) + of_mean, total), place);
       }
     });
     return;
@@ -376,14 +384,14 @@ GFL_DEVICE void summarise_row(const Bins<T, Step>& bins, bool read, const void* 
     m.by_entropy = from_upstream(2);
     each([&](int k, A z) {
       const A p = exponential(z - high) * inverse;
-      narrow(moments_grad(p, value_of(k), z - high, m), bins.g(k));
+      bins.store(moments_grad(p, value_of(k), z - high, m), k);
     });
     return;
   }
   if (!upstream) return;
   inverse *= from_upstream(0);
   each([&](int k, A z) {
-    narrow(expectation_grad(exponential_of(k, z - high) * inverse, value_of(k), mean), bins.g(k));
+    bins.store(expectation_grad(exponential_of(k, z - high) * inverse, value_of(k), mean), k);
   });
 }
 
@@ -518,6 +526,7 @@ __global__ void __launch_bounds__(kDistributionThreads,
   extern __shared__ uint4 shared[];
   __shared__ A weights[kMostTileRows];
   T* const staged = reinterpret_cast<T*>(shared);
+  const Format<T> format(s.pred.dtype);
   const A factor = scale_factor<A>(s.scale, avg_factor);
   constexpr bool kAny = kBins == 0 || kBins == kSummary;
   const int lane_bits = kAny ? s.lane_bits : 0, lane = threadIdx.x & ((1 << lane_bits) - 1);
@@ -556,7 +565,7 @@ __global__ void __launch_bounds__(kDistributionThreads,
       const bool inside = in_tile < count, write = grad && inside;
       if constexpr (kBins == kSummary) {
         T* const mine = staged + in_tile * s.row_step;
-        const Bins<T, int> bins{mine, mine + s.grad_offset, s.bin_step, s.bin_step};
+        const Bins<T, int> bins{mine, mine + s.grad_offset, s.bin_step, s.bin_step, format};
         summarise_row(bins, inside, values,
                       grad ? static_cast<const A*>(upstream) + offset(s.upstream) : nullptr,
                       loss ? static_cast<A*>(loss) + offset(s.loss) : nullptr, s, lane);
@@ -570,20 +579,20 @@ __global__ void __launch_bounds__(kDistributionThreads,
       T* const mine = staged + in_tile * s.row_step;
       A value;
       if constexpr (kBins == 0) {
-        const Bins<T, int> bins{mine, mine, s.bin_step, s.bin_step};
+        const Bins<T, int> bins{mine, mine, s.bin_step, s.bin_step, format};
         value = s.whole_vectors ? compute_row<V>(bins, row, !target, write, values, s, lane)
                                 : compute_row<1>(bins, row, !target, write, values, s, lane);
       } else if (s.bin_step == 1) {
         constexpr int kPiece = kBins % V ? 1 : V;
-        const Bins<T, int> bins{mine, mine, 1, 1};
+        const Bins<T, int> bins{mine, mine, 1, 1, format};
         value = compute_whole_row<kBins, kPiece>(bins, row, !target, write, values, s);
       } else if constexpr (kBins > 17) {  // planes; so many addresses would be spilled
-        const Bins<T, int> bins{mine, mine, s.bin_step, s.bin_step};
+        const Bins<T, int> bins{mine, mine, s.bin_step, s.bin_step, format};
         value = compute_row<1>(bins, row, !target, write, values, s, lane);
       } else {
         // Settled: or the addresses of all bins would stay in registers until they are written.
         T* const again = staged + settled(in_tile * s.row_step);
-        const Bins<T, int> bins{mine, again, s.bin_step, settled(s.bin_step)};
+        const Bins<T, int> bins{mine, again, s.bin_step, settled(s.bin_step), format};
         value = compute_whole_row<kBins, 1>(bins, row, !target, write, values, s);
       }
       if (lane == 0 && inside) {
@@ -619,6 +628,7 @@ __global__ void __launch_bounds__(kDistributionThreads, 4)
                                 const __grid_constant__ DistributionShape s) {
   using T = typename Element<kDtype>::type;
   using A = typename Element<kDtype>::acc;
+  const Format<T> format(s.pred.dtype);
   const A factor = scale_factor<A>(s.scale, avg_factor);
   const int lane = threadIdx.x & ((1 << s.lane_bits) - 1);
   const int together = kDistributionThreads >> s.lane_bits;
@@ -635,7 +645,7 @@ __global__ void __launch_bounds__(kDistributionThreads, 4)
     };
     if (s.summary) {
       Bins<T, int64_t> bins{static_cast<const T*>(pred), static_cast<T*>(grad), s.pred.column,
-                            s.grad.column};
+                            s.grad.column, format};
       if (inside) {
         bins.pred += offset(s.pred);
         if (grad) bins.grad += offset(s.grad);
@@ -650,7 +660,7 @@ __global__ void __launch_bounds__(kDistributionThreads, 4)
     }
     Row<A> row{};
     Bins<T, int64_t> bins{static_cast<const T*>(pred), static_cast<T*>(grad), s.pred.column,
-                          s.grad.column};
+                          s.grad.column, format};
     if (inside) {
       const A w = weight ? load_value<A>(weight, s.weight.dtype, offset(s.weight)) : A(1);
       row = load_row<A>(target, weight_left, weight_right, w, upstream, factor, offset, s);
@@ -696,10 +706,8 @@ const void* distribution_kernel_at(int dtype, int bins) {
       return bins == kSummary
                  ? reinterpret_cast<const void*>(distribution_kernel<GFL_FLOAT64, kSummary>)
                  : reinterpret_cast<const void*>(distribution_kernel<GFL_FLOAT64, 0>);
-    case GFL_BFLOAT16:
-      return distribution_kernel_for<GFL_BFLOAT16>(bins);
-    case GFL_FLOAT16:
-      return distribution_kernel_for<GFL_FLOAT16>(bins);
+    case kHalf:
+      return distribution_kernel_for<kHalf>(bins);
     default:
       return nullptr;
   }
@@ -711,10 +719,8 @@ const void* distribution_general_kernel_at(int dtype) {
       return reinterpret_cast<const void*>(distribution_general_kernel<GFL_FLOAT32>);
     case GFL_FLOAT64:
       return reinterpret_cast<const void*>(distribution_general_kernel<GFL_FLOAT64>);
-    case GFL_BFLOAT16:
-      return reinterpret_cast<const void*>(distribution_general_kernel<GFL_BFLOAT16>);
-    case GFL_FLOAT16:
-      return reinterpret_cast<const void*>(distribution_general_kernel<GFL_FLOAT16>);
+    case kHalf:
+      return reinterpret_cast<const void*>(distribution_general_kernel<kHalf>);
     default:
       return nullptr;
   }

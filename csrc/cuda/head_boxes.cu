@@ -49,9 +49,9 @@ GFL_DEVICE void store_value(char* to, int dtype, int64_t at, A value) {
       reinterpret_cast<double*>(to)[at] = value;
       return;
     case GFL_BFLOAT16:
-      return narrow(static_cast<float>(value), reinterpret_cast<__nv_bfloat16*>(to) + at);
     case GFL_FLOAT16:
-      return narrow(static_cast<float>(value), reinterpret_cast<__half*>(to) + at);
+      return Format<Half>(dtype).narrow(static_cast<float>(value),
+                                        reinterpret_cast<Half*>(to) + at);
     default:
       reinterpret_cast<float*>(to)[at] = static_cast<float>(value);
   }

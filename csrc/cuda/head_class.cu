@@ -40,10 +40,8 @@ const void* head_class_kernel_at(int dtype, int variant) {
   switch (dtype) {
     case GFL_FLOAT32:
       return find<GFL_FLOAT32>(variant);
-    case GFL_BFLOAT16:
-      return find<GFL_BFLOAT16>(variant);
-    case GFL_FLOAT16:
-      return find<GFL_FLOAT16>(variant);
+    case kHalf:
+      return find<kHalf>(variant);
     default:
       return nullptr;
   }

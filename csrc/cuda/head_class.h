@@ -42,6 +42,7 @@ struct ClassTile {
   const HeadLevel& level;
   const Tile& tile;
   const TileCells<A>& cells;
+  const Format<T> format;
 
   GFL_MEMBER bool dense() const { return kGeneral ? s.dense : kVariant & kDense; }
   GFL_MEMBER bool has_grad() const { return kGeneral ? s.has_grad : kVariant & kGrad; }
@@ -62,7 +63,7 @@ struct ClassTile {
   GFL_MEMBER LossGrad<A> element(const T* x, int64_t q_at, bool is_label, A quality) const {
     const A q = dense() ? load_value<A>(level.targets.data, s.target_dtype, q_at)
                         : (is_label ? quality : A(0));
-    return class_loss_grad<kVariant>(static_cast<A>(widen(*x)), q, s);
+    return class_loss_grad<kVariant>(static_cast<A>(format.widen(*x)), q, s);
   }
 
   // Element by element, for any strides.
@@ -87,7 +88,7 @@ struct ClassTile {
         LossGrad<A> r{A(0), A(0)};
         if (read) r = element(x, q_at, c == label, quality);
         if (has_grad()) {
-          narrow(r.grad * scale, g);
+          format.narrow(r.grad * scale, g);
           g += parts * level.grad.column;
         } else {
           total += r.loss * scale;
@@ -105,7 +106,7 @@ struct ClassTile {
                           const IsLabel& is_label, const float (&quality)[V],
                           LossGrad<float> (&r)[V]) const {
     float x[V];
-    widen(raw, x);
+    format.widen(raw.of, x);
     if (dense()) {
 #pragma unroll
       for (int i = 0; i < V; ++i) r[i] = class_loss_grad<kVariant>(x[i], q[i], s);
@@ -121,15 +122,22 @@ struct ClassTile {
     }
   }
 
+  GFL_MEMBER void narrow(const LossGrad<float> (&r)[V], Vector<T>* raw) const {
+    float g[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) g[i] = r[i].grad;
+    format.narrow(g, raw->of);
+  }
+
   // Dense targets of a vector whose elements lie `step` apart.
   GFL_MEMBER void load_targets(int64_t at, int64_t step, float (&q)[V]) const {
     if (level.target_wide) {
       const int bytes = s.target_is_float ? 4 : sizeof(T);
-      load_qualities<T>(level.targets.data + at * bytes, s.target_is_float, q);
+      load_qualities(format, level.targets.data + at * bytes, s.target_is_float, q);
     } else {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        q[i] = load_quality<T>(level.targets.data, s.target_is_float, at + i * step);
+        q[i] = load_quality(format, level.targets.data, s.target_is_float, at + i * step);
       }
     }
   }
@@ -173,12 +181,10 @@ struct ClassTile {
           compute(raw, q, hit < V, [&](int i) { return i == hit; }, quality, r);
 #pragma unroll
           for (int i = 0; i < V; ++i) {
-            if (has_grad()) {
-              narrow(r[i].grad * scale, &raw.of[i]);
-            } else {
-              row_loss += r[i].loss;
-            }
+            if (!has_grad()) row_loss += r[i].loss;
+            r[i].grad *= scale;
           }
+          if (has_grad()) narrow(r, &raw);
         }
         if (has_grad()) store_vector(g + c, raw);
       }
@@ -189,7 +195,7 @@ struct ClassTile {
         LossGrad<float> r{0, 0};
         if (read) r = element(x + c, q_at + c * level.targets.column, c == label, quality[0]);
         if (has_grad()) {
-          narrow(r.grad * scale, g + c);
+          format.narrow(r.grad * scale, g + c);
         } else {
           row_loss += r.loss;
         }
@@ -248,13 +254,13 @@ struct ClassTile {
       }
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        if (has_grad()) {
-          narrow(r[i].grad * scale[i], &raw.of[i]);
-        } else {
-          total += r[i].loss * scale[i];
-        }
+        if (!has_grad()) total += r[i].loss * scale[i];
+        r[i].grad *= scale[i];
       }
-      if (has_grad()) store_vector(g, raw);
+      if (has_grad()) {
+        narrow(r, &raw);
+        store_vector(g, raw);
+      }
       x += x_step;
       g += g_step;
       q_at += parts * level.targets.column;
@@ -278,7 +284,7 @@ GFL_DEVICE void class_tile(const void* quality, const void* normalisers, const v
   cells.qualities = cells.weights + s.tile_cells;
   cells.labels = reinterpret_cast<int*>(cells.qualities + s.tile_cells);
   using Work = ClassTile<T, A, kVariant>;
-  const Work work{s, level, tile, cells};
+  const Work work{s, level, tile, cells, Format<T>(s.logits_dtype)};
   if (threadIdx.x == 0) {
     factor = work.has_grad()
                  ? static_cast<A>(class_factor<A>(s, normalisers) *

@@ -61,10 +61,8 @@ const void* head_class_general_kernel_at(int dtype) {
       return reinterpret_cast<const void*>(head_class_general_kernel<GFL_FLOAT32>);
     case GFL_FLOAT64:
       return reinterpret_cast<const void*>(head_class_general_kernel<GFL_FLOAT64>);
-    case GFL_BFLOAT16:
-      return reinterpret_cast<const void*>(head_class_general_kernel<GFL_BFLOAT16>);
-    case GFL_FLOAT16:
-      return reinterpret_cast<const void*>(head_class_general_kernel<GFL_FLOAT16>);
+    case kHalf:
+      return reinterpret_cast<const void*>(head_class_general_kernel<kHalf>);
     default:
       return nullptr;
   }

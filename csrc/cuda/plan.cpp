@@ -123,6 +123,7 @@ void set_kernel(Launch* launch, KernelFamily family, int dtype, int variant = -1
                                       "distillation_kernel",
                                       "decode_kernel",
                                       "score_kernel"};
+  dtype = kernel_dtype(dtype);
   launch->family = family;
   launch->dtype = dtype;
   launch->variant = variant;

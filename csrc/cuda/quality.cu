@@ -18,8 +18,8 @@ GFL_DEVICE float pick(const float (&of)[n], int i) {
   return found;
 }
 
-// The formulas, on whatever an element is. kHalf: it was a half float.
-template <int kVariant, bool kHalf>
+// The formulas, on whatever an element is. kIsHalf: it was a half float.
+template <int kVariant, bool kIsHalf>
 struct Formula {
   static constexpr int kKind = kVariant & (kProbabilities | kFamily);
   const QualityShape& s;
@@ -29,7 +29,7 @@ struct Formula {
 
   GFL_MEMBER LossGrad<float> apply(float x, float q, bool positive) const {
     if constexpr (kKind == kProbabilities) return quality_probability_loss_grad(x, q, 2.0f);
-    if constexpr (kKind == 0) return quality_square_loss_grad<kHalf>(x, q);
+    if constexpr (kKind == 0) return quality_square_loss_grad<kIsHalf>(x, q);
     const float alpha = static_cast<float>(s.alpha);
     switch (s.form) {
 #define GFL_CASE(form, beta) \
@@ -53,20 +53,20 @@ struct Formula {
       if (s.gamma == 2) {  // asked once for all
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-          result[i] = background_loss_grad<kHalf>(x[i], s.background_alpha, 2.0f, s.detach);
+          result[i] = background_loss_grad<kIsHalf>(x[i], s.background_alpha, 2.0f, s.detach);
         }
       } else {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-          result[i] = background_loss_grad<kHalf>(x[i], s.background_alpha, s.gamma, s.detach);
+          result[i] = background_loss_grad<kIsHalf>(x[i], s.background_alpha, s.gamma, s.detach);
         }
       }
     } else {
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         result[i] = kKind == kProbabilities
-                        ? quality_probability_loss_grad<true, kHalf>(x[i], 0.0f, 2.0f)
-                        : quality_background_loss_grad<kHalf>(x[i]);
+                        ? quality_probability_loss_grad<true, kIsHalf>(x[i], 0.0f, 2.0f)
+                        : quality_background_loss_grad<kIsHalf>(x[i]);
       }
     }
   }
@@ -126,6 +126,7 @@ GFL_DEVICE float quality_rows(const void* pred, const void* target, const void* 
                  kSparse = !(kVariant & kDense);
   using Loss = Formula<kVariant, sizeof(T) == 2>;
   const Loss formula{s};
+  const Format<T> format(s.pred.dtype);
   constexpr int V = Vector<T>::kSize;
   const int lanes = 1 << s.lane_bits, lane = threadIdx.x & (lanes - 1), classes = s.classes;
   const int together = settled(kQualityThreads >> s.lane_bits);  // rows of a block
@@ -184,7 +185,7 @@ GFL_DEVICE float quality_rows(const void* pred, const void* target, const void* 
           Vector<T> raw = load_vector(x_row + c);
           float x[V];
           LossGrad<float> r[V];
-          widen(raw, x);
+          format.widen(raw.of, x);
           const unsigned place = label - c;
           if (kSparse && !kHasGrad) {
             if (place < V) {
@@ -203,14 +204,16 @@ GFL_DEVICE float quality_rows(const void* pred, const void* target, const void* 
               formula.labelled(x, place, quality, r);
             } else {
               float q[V];
-              load_qualities<T>(q_row + static_cast<int64_t>(c) * q_bytes, s.target_is_float, q);
+              load_qualities(format, q_row + static_cast<int64_t>(c) * q_bytes, s.target_is_float, q);
               formula.apply(x, q, r);
             }
             if (kHasLoss) add_losses(r);
           }
           if (kHasGrad) {
+            float g[V];
 #pragma unroll
-            for (int i = 0; i < V; ++i) narrow(r[i].grad * row_factor, &raw.of[i]);
+            for (int i = 0; i < V; ++i) g[i] = r[i].grad * row_factor;
+            format.narrow(g, raw.of);
             store_vector(g_row + c, raw);
           }
         }
@@ -220,17 +223,17 @@ GFL_DEVICE float quality_rows(const void* pred, const void* target, const void* 
           for (int i = lane; i < ends; i += lanes) {
             const int c = i < head ? i : i - head + tail;
             const float q = kSparse ? (c == label ? quality : 0.0f)
-                                    : load_quality<T>(target, s.target_is_float, target_at + c);
+                                    : load_quality(format, target, s.target_is_float, target_at + c);
             const bool positive = kSparse ? c == label : q > 0;
-            const LossGrad<float> one = formula.apply(widen(x_row[c]), q, positive);
+            const LossGrad<float> one = formula.apply(format.widen(x_row[c]), q, positive);
             if (kHasLoss) row_loss += one.loss;
-            if (kHasGrad) narrow(one.grad * row_factor, g_row + c);
+            if (kHasGrad) format.narrow(one.grad * row_factor, g_row + c);
           }
         }
         row_loss *= w;
       } else if (kHasGrad) {
         // Not read, and nothing from upstream counts.
-        const T zero = T(0.0f);
+        const T zero{};
         for (int c = lane; c < classes; c += lanes) g_row[c] = zero;
       }
     }
@@ -285,6 +288,7 @@ GFL_DEVICE float quality_planes(const void* pred, const void* target, const void
                  kSparse = !(kVariant & kDense);
   using Loss = Formula<kVariant, sizeof(T) == 2>;
   const Loss formula{s};
+  const Format<T> format(s.pred.dtype);
   constexpr int V = Vector<T>::kSize, kWarps = kQualityThreads / 32, kTile = 32 * V;
   extern __shared__ uint4 shared[];
   __shared__ float sums[kHasLoss ? kWarps * kTile : 1];
@@ -358,22 +362,22 @@ GFL_DEVICE float quality_planes(const void* pred, const void* target, const void
       Vector<T> raw{};
       if (plain) {
         raw = load_vector(x_row);
-        widen(raw, x);
-        if (!kSparse) load_qualities<T>(q_row, s.target_is_float, q);
+        format.widen(raw.of, x);
+        if (!kSparse) load_qualities(format, q_row, s.target_is_float, q);
       } else {
         if (full) {
           if (any_read) raw = load_vector(x_row);
-          if (!kSparse && any_read) load_qualities<T>(q_row, s.target_is_float, q);
+          if (!kSparse && any_read) load_qualities(format, q_row, s.target_is_float, q);
         } else {
 #pragma unroll
           for (int i = 0; i < V; ++i) {
             if (!(unread >> i & 1)) {
               raw.of[i] = x_row[i * step];
-              if (!kSparse) q[i] = load_quality<T>(q_row, s.target_is_float, i * step);
+              if (!kSparse) q[i] = load_quality(format, q_row, s.target_is_float, i * step);
             }
           }
         }
-        widen(raw, x);
+        format.widen(raw.of, x);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           if (unread >> i & 1) {  // whatever has come with the others
@@ -415,18 +419,19 @@ GFL_DEVICE float quality_planes(const void* pred, const void* target, const void
         for (int i = 0; i < V; ++i) row_loss[i] += r[i].loss;
       }
       if (kHasGrad) {
-        float row_factor[V];
+        float row_factor[V], g[V];
         mine.load(mine.factor, row_factor);
 #pragma unroll
-        for (int i = 0; i < V; ++i) narrow(r[i].grad * row_factor[i], &raw.of[i]);
+        for (int i = 0; i < V; ++i) g[i] = r[i].grad * row_factor[i];
         if (hit) {
           int labels[V];
           mine.load(mine.label, labels);
 #pragma unroll
           for (int i = 0; i < V; ++i) {
-            if (labels[i] == c) narrow(mine.hit[i] * row_factor[i], &raw.of[i]);
+            if (labels[i] == c) g[i] = mine.hit[i] * row_factor[i];
           }
         }
+        format.narrow(g, raw.of);
         if (full) {
           store_vector(g_row, raw);
         } else {
@@ -512,10 +517,8 @@ const void* quality_kernel_at(int dtype, int variant) {
   switch (dtype) {
     case GFL_FLOAT32:
       return find<GFL_FLOAT32>(variant);
-    case GFL_BFLOAT16:
-      return find<GFL_BFLOAT16>(variant);
-    case GFL_FLOAT16:
-      return find<GFL_FLOAT16>(variant);
+    case kHalf:
+      return find<kHalf>(variant);
     default:
       return nullptr;
   }

@@ -36,6 +36,7 @@ __global__ void __launch_bounds__(kQualityThreads, 3)
                            const __grid_constant__ QualityShape s) {
   using T = typename Element<kDtype>::type;
   using A = typename Element<kDtype>::acc;
+  const Format<T> format(s.pred.dtype);
   const A factor = scale_factor<A>(s.scale, avg_factor);
   const int lanes = 1 << s.lane_bits, lane = threadIdx.x & (lanes - 1);
   const int together = kQualityThreads >> s.lane_bits;
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kQualityThreads, 3)
         // What has weight 0 contributes exactly 0, NaN logits included.
         LossGrad<A> r{A(0), A(0)};
         if (read_row && element_weight != 0) {
-          const A x = widen(static_cast<const T*>(pred)[at[0] + c * s.pred.column]);
+          const A x = format.widen(static_cast<const T*>(pred)[at[0] + c * s.pred.column]);
           const A q = !sparse ? load_value<A>(target, s.target.dtype, at[1] + c * s.target.column)
                               : (c == label ? quality : A(0));
           r = element_loss_grad(x, q, sparse ? c == label : q > A(0), s);
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kQualityThreads, 3)
           r.grad *= element_weight * row_factor;
         }
         row_loss += r.loss;
-        if (grad) narrow(r.grad, static_cast<T*>(grad) + (at[6] + c * s.grad.column));
+        if (grad) format.narrow(r.grad, static_cast<T*>(grad) + (at[6] + c * s.grad.column));
       }
       row_loss *= w;
     }
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   leave_sum<kFinishThreads>(total, &result);
   if (threadIdx.x == 0) {
     using T = typename Element<kDtype>::type;
-    narrow(static_cast<T>(result * scale_factor<double>(scale, avg_factor)), static_cast<T*>(loss));
+    *static_cast<T*>(loss) = static_cast<T>(result * scale_factor<double>(scale, avg_factor));
   }
 }
 
@@ -120,10 +121,8 @@ const void* quality_general_kernel_at(int dtype) {
       return reinterpret_cast<const void*>(quality_general_kernel<GFL_FLOAT32>);
     case GFL_FLOAT64:
       return reinterpret_cast<const void*>(quality_general_kernel<GFL_FLOAT64>);
-    case GFL_BFLOAT16:
-      return reinterpret_cast<const void*>(quality_general_kernel<GFL_BFLOAT16>);
-    case GFL_FLOAT16:
-      return reinterpret_cast<const void*>(quality_general_kernel<GFL_FLOAT16>);
+    case kHalf:
+      return reinterpret_cast<const void*>(quality_general_kernel<kHalf>);
     default:
       return nullptr;
   }

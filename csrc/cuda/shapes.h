@@ -16,6 +16,10 @@ constexpr int kFinishThreads = 64;
 // The innermost row dimension is the last one; those in front of the outermost have size 1.
 constexpr int kInner = kMaxDims - 1;
 
+// In place of a gfl_dtype where bfloat16 and float16 have one kernel.
+constexpr int kHalf = GFL_FLOAT16;
+constexpr int kernel_dtype(int dtype) { return dtype == GFL_BFLOAT16 ? kHalf : dtype; }
+
 struct Steps {
   int64_t row[kMaxDims];
   int64_t column;
