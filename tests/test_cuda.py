@@ -184,7 +184,7 @@ def test_label_and_score_dtypes(compiled_once, label_dtype):
 @pytest.mark.parametrize("bins", [*range(2, 17, 7), 32, 63, 64, 129, 4000])
 def test_any_number_of_bins(compiled_once, bins):
     rows = 9 if bins > 64 else 70
-    for dtype in (torch.float32, torch.float16):
+    for dtype in (torch.float32, torch.float16 if bins % 2 else torch.float64):
         x = logits(rows, bins, dtype=dtype)
         target = explicit_target((rows,), bins)
         check_op("distribution", x, target, weight=row_weight((rows,)), reduction="none")
@@ -192,12 +192,12 @@ def test_any_number_of_bins(compiled_once, bins):
         check_op("integral", x, bins=values, scale=2.0)
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_tiles_of_many_bins(compiled_once, dtype):
     """A tile has several rows of each thread, or several threads of each row, and rows whose begin
     is a vector or is not; the last tile is never full."""
     shapes = (1029, 4), (1029, 5), (523, 8), (391, 12), (261, 16), (150, 36), (70, 64)
-    for i, (rows, bins) in enumerate(shapes, start=[*FLOATS, torch.float64].index(dtype)):
+    for i, (rows, bins) in enumerate(shapes, start=FLOATS.index(dtype)):
         x = logits(rows, bins, dtype=dtype)
         weight = row_weight((rows,))
         x[weight == 0] = float("nan")
@@ -366,7 +366,7 @@ def resources_of(name):
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("dtype", [0, 2, 3])
+@pytest.mark.parametrize("dtype", [0, 3])  # a kernel for both half formats
 def test_registers(dtype):
     """64 of them and nothing spilled in what a training step runs: forward and backward."""
     names = [f"quality_kernel<{dtype}, {variant}>" for variant in (1, 2, 3, 5, 6, 7, 9, 10)]
@@ -644,7 +644,7 @@ def test_head_odd_rows_move_in_vectors_too(compiled_once, dtype):
     check(s, function=function)
 
 
-@pytest.mark.parametrize("dtype", [0, 2])
+@pytest.mark.parametrize("dtype", [0, 3])
 def test_head_registers(dtype):
     for form, layout, part in itertools.product((0, 20, 36), (0, 8), (1, 2)):
         name = f"head_class_kernel<{dtype}, {form | layout | part}>"

@@ -162,53 +162,58 @@ double quality_tile(const Formula& formula, const Run<S, A>& run) {
   return sum_lanes(sum);
 }
 
-// The loop over a run in as many variants as a formula is worth: each takes half a second to
-// compile, for every type and instruction set.
+// What a loop reads or writes that the caller has not: weights of 1, a place for gradients.
+template <typename S, typename A>
+struct Stand {
+  const A* ones;
+  S* sink;
+};
+
+// The loop over a run in as many variants as a formula and a type are worth: each takes half a
+// second to compile, for every type and instruction set. double has one.
 template <typename Formula, typename S, typename A>
-double weighted_tile(const Formula& f, const Run<S, A>& run) {
-  return run.grad ? quality_tile<true, true>(f, run) : quality_tile<true, false>(f, run);
+double full_tile(const Formula& f, const Stand<S, A>& stand, Run<S, A> run) {
+  if (!run.w) run.w = stand.ones;
+  if (!run.grad) {
+    run.grad = stand.sink;
+    run.next_grad = stand.sink;
+  }
+  return quality_tile<true, true>(f, run);
 }
 template <typename Formula, typename S, typename A>
-double tile(const Formula& f, const Run<S, A>& run) {
-  if (run.w) return weighted_tile(f, run);
-  return run.grad ? quality_tile<false, true>(f, run) : quality_tile<false, false>(f, run);
+double weighted_tile(const Formula& f, const Stand<S, A>& stand, Run<S, A> run) {
+  if (sizeof(A) == 8 || run.grad) return full_tile(f, stand, run);
+  if (!run.w) run.w = stand.ones;
+  if constexpr (sizeof(A) == 4) return quality_tile<true, false>(f, run);
+}
+template <typename Formula, typename S, typename A>
+double tile(const Formula& f, const Stand<S, A>& stand, const Run<S, A>& run) {
+  if (sizeof(A) == 8 || run.w) return weighted_tile(f, stand, run);
+  if constexpr (sizeof(A) == 4) {
+    return run.grad ? quality_tile<false, true>(f, run) : quality_tile<false, false>(f, run);
+  }
 }
 
-// Elements with targets, in any form. ones stand for absent weights, sink takes gradients nobody
-// asks for.
+// Elements with targets, in any form.
 template <typename A>
-double tile_of_form(const QualityProblem& p, double above, const Run<A, A>& run, const A* ones,
-                    A* sink) {
-  if (p.form == GFL_LOGITS && p.beta == 0) return tile(CrossEntropy{}, run);
-  Run<A, A> weighted = run;
-  if (!run.w) weighted.w = ones;
-  const auto full = [&](const auto& form) {
-    if (!run.grad) weighted.grad = sink;
-    return quality_tile<true, true>(form, weighted);
-  };
-#define GFL_FORM(code) \
-  Form<code> { p.flags, p.alpha, p.beta, above }
+double tile_of_form(const QualityProblem& p, double above, const Stand<A, A>& stand,
+                    const Run<A, A>& run) {
+  if (p.form == GFL_LOGITS && p.beta == 0) return tile(CrossEntropy{}, stand, run);
   switch (p.form) {
-    case GFL_LOGITS:
-      return full(GFL_FORM(GFL_LOGITS));
-    case GFL_PROBABILITIES:
-      return full(GFL_FORM(GFL_PROBABILITIES));
-    case GFL_VARIFOCAL:
-      return tile(GFL_FORM(GFL_VARIFOCAL), run);
-    case GFL_FOCAL:
-      return weighted_tile(GFL_FORM(GFL_FOCAL), weighted);
-    case GFL_VARIFOCAL_PROBABILITIES:
-      return full(GFL_FORM(GFL_VARIFOCAL_PROBABILITIES));
-    case GFL_FOCAL_PROBABILITIES:
-      return full(GFL_FORM(GFL_FOCAL_PROBABILITIES));
-    case GFL_MATCHABILITY:
-      return full(GFL_FORM(GFL_MATCHABILITY));
-    case GFL_IOU_AWARE:
-      return full(GFL_FORM(GFL_IOU_AWARE));
-    case GFL_BALANCED:
-      return full(GFL_FORM(GFL_BALANCED));
-  }
+#define GFL_FORM(code, loop) \
+  case code:                 \
+    return loop(Form<code>{p.flags, p.alpha, p.beta, above}, stand, run)
+    GFL_FORM(GFL_LOGITS, full_tile);
+    GFL_FORM(GFL_PROBABILITIES, full_tile);
+    GFL_FORM(GFL_VARIFOCAL, tile);
+    GFL_FORM(GFL_FOCAL, weighted_tile);
+    GFL_FORM(GFL_VARIFOCAL_PROBABILITIES, full_tile);
+    GFL_FORM(GFL_FOCAL_PROBABILITIES, full_tile);
+    GFL_FORM(GFL_MATCHABILITY, full_tile);
+    GFL_FORM(GFL_IOU_AWARE, full_tile);
+    GFL_FORM(GFL_BALANCED, full_tile);
 #undef GFL_FORM
+  }
   return 0;
 }
 
@@ -237,7 +242,7 @@ class Quality {
     first_ = scratch.take<int64_t>(n + 2);
     hits_ = scratch.take<int64_t>(n);
     square_ = p_.beta == 2 && p_.form == GFL_LOGITS;
-    if (!square_) fill(ones_, n, 1);  // which has loops without weights
+    if (!square_ || sizeof(A) == 8) fill(ones_, n, 1);  // else its loops need none
     const bool by_label = p_.score.data && has_positives(p_.form);
     no_label_ = by_label ? kNoLabel<A> : 0;
     above_ = by_label ? kNoLabel<double> : 0;
@@ -571,17 +576,16 @@ class Quality {
   }
 
   double tile_of_targets(const Run<S, A>& run) {
-    if (square_) return tile(Square{}, run);
-    return widened(run, [&](const Run<A, A>& wide) {
-      return tile_of_form(p_, above_, wide, ones_, wide_grad_);
+    if (square_) return tile(Square{}, Stand<S, A>{ones_, grad_}, run);
+    return widened(run, [&](const auto& stand, const Run<A, A>& wide) {
+      return tile_of_form(p_, above_, stand, wide);
     });
   }
   double tile_of_background(const Run<S, A>& run) {
-    if (square_) return tile(Background{}, run);
-    return widened(run, [&](Run<A, A> wide) {
-      if (cross_entropy_) return tile(CrossEntropyBackground{}, wide);
-      if (!wide.w) wide.w = ones_;
-      return weighted_tile(others_, wide);
+    if (square_) return tile(Background{}, Stand<S, A>{ones_, grad_}, run);
+    return widened(run, [&](const auto& stand, const Run<A, A>& wide) {
+      if (cross_entropy_) return tile(CrossEntropyBackground{}, stand, wide);
+      return weighted_tile(others_, stand, wide);
     });
   }
 
@@ -589,12 +593,13 @@ class Quality {
   // gradients are staged.
   template <typename Loop>
   double widened(const Run<S, A>& run, const Loop& loop) {
+    const Stand<A, A> stand{ones_, wide_grad_};
     if constexpr (kWide) {
-      return loop(run);
+      return loop(stand, run);
     } else {
       copy(run.x, wide_x_, run.n);
       A* const grad = run.grad ? wide_grad_ : nullptr;
-      const double sum = loop({wide_x_, run.q, run.w, grad, run.losses, run.n, run.factor});
+      const double sum = loop(stand, {wide_x_, run.q, run.w, grad, run.losses, run.n, run.factor});
       if (run.grad) copy(grad, run.grad, run.n);
       return sum;
     }

@@ -8,26 +8,6 @@
 namespace gfl {
 namespace {
 
-// Where a row is found in an operand.
-class Row {
- public:
-  GFL_MEMBER Row(const DecodeShape& s, int64_t number) : s_(s), number_(number) {
-    if (s.simple) at_ = row_at(s.rows, static_cast<int>(number));
-  }
-  GFL_MEMBER int64_t offset(const Steps& steps) const {
-    if (s_.simple) return at_.offset(steps);
-    const Steps* const one[] = {&steps};
-    int64_t at[1];
-    locate(s_.rows, number_, one, at);
-    return at[0];
-  }
-
- private:
-  const DecodeShape& s_;
-  int64_t number_;
-  RowIndex at_{};
-};
-
 template <typename A>
 struct Side {
   A distance, deviation;
@@ -97,28 +77,30 @@ __global__ void __launch_bounds__(kDecodeThreads)
   for (int64_t first = blockIdx.x * together; first < s.rows.count; first += gridDim.x * together) {
     const int64_t number = first + threadIdx.x / of_row;
     const bool inside = number < s.rows.count;
-    const Row row(s, inside ? number : s.rows.count - 1);
-    const T* const z = static_cast<const T*>(pred) + row.offset(s.pred);
-    const A stride = strides ? load_value<A>(strides, s.strides.dtype, row.offset(s.strides))
+    const Steps* const operands[] = {&s.pred,   &s.points, &s.strides,
+                                     &s.limits, &s.boxes,  &s.deviation};
+    int64_t at[6];
+    locate(s, inside ? number : s.rows.count - 1, operands, at);
+    const T* const z = static_cast<const T*>(pred) + at[0];
+    const A stride = strides ? load_value<A>(strides, s.strides.dtype, at[2])
                              : static_cast<A>(s.stride);
-    const int64_t to = row.offset(s.boxes), spread_to = row.offset(s.deviation);
     for (int i = 0; i < sides; ++i) {
       const int side = first_side + i, axis = side % 2;
       const Side<A> found =
           assess_side<A>(z + side * s.bins * s.pred.column, format, values, s, lane, lanes);
       if (lane != 0 || !inside) continue;
       const A point =
-          load_value<A>(points, s.points.dtype, row.offset(s.points) + axis * s.points.column);
+          load_value<A>(points, s.points.dtype, at[1] + axis * s.points.column);
       A x = decode_side(side, point, found.distance * stride);
       if (s.clips) {  // height comes first
-        const A limit = limits ? load_value<A>(limits, s.limits.dtype,
-                                               row.offset(s.limits) + (1 - axis) * s.limits.column)
-                               : static_cast<A>(axis ? s.height : s.width);
+        const A limit =
+            limits ? load_value<A>(limits, s.limits.dtype, at[3] + (1 - axis) * s.limits.column)
+                   : static_cast<A>(axis ? s.height : s.width);
         x = clip_coordinate(x, limit);
       }
-      static_cast<A*>(boxes)[to + side * s.boxes.column] = x;
+      static_cast<A*>(boxes)[at[4] + side * s.boxes.column] = x;
       if (deviation) {
-        static_cast<A*>(deviation)[spread_to + side * s.deviation.column] =
+        static_cast<A*>(deviation)[at[5] + side * s.deviation.column] =
             found.deviation * stride;
       }
     }
@@ -137,8 +119,10 @@ __global__ void __launch_bounds__(kDecodeThreads)
   for (int64_t first = blockIdx.x * together; first < s.rows.count; first += gridDim.x * together) {
     const int64_t number = first + (threadIdx.x >> s.lane_bits);
     const bool inside = number < s.rows.count;
-    const Row row(s, inside ? number : s.rows.count - 1);
-    const T* const x = static_cast<const T*>(cls) + row.offset(s.cls);
+    const Steps* const operands[] = {&s.cls, &s.score, &s.label};
+    int64_t at[3];
+    locate(s, inside ? number : s.rows.count - 1, operands, at);
+    const T* const x = static_cast<const T*>(cls) + at[0];
     A high = static_cast<A>(-INFINITY);
     int best = lane < s.classes ? lane : s.classes;
     for (int c = lane; c < s.classes; c += lanes) {
@@ -157,8 +141,8 @@ __global__ void __launch_bounds__(kDecodeThreads)
       }
     }
     if (lane == 0 && inside) {
-      static_cast<A*>(score)[row.offset(s.score)] = sigmoid(high);
-      static_cast<int64_t*>(label)[row.offset(s.label)] = best;
+      static_cast<A*>(score)[at[1]] = sigmoid(high);
+      static_cast<int64_t*>(label)[at[2]] = best;
     }
   }
 }

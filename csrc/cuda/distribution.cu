@@ -503,8 +503,7 @@ struct Mover {
 };
 
 // Blocks of an SM that leave a thread as many registers as the compiler asks for there.
-constexpr int distribution_blocks(bool wide, int bins) {
-  if (wide) return 5;
+constexpr int distribution_blocks(int bins) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
   return bins > 17 ? 6 : 8;
 #else
@@ -514,8 +513,7 @@ constexpr int distribution_blocks(bool wide, int bins) {
 
 // kBins: known in advance, and a thread to each row; 0: any number; or kSummary.
 template <int kDtype, int kBins>
-__global__ void __launch_bounds__(kDistributionThreads,
-                                  distribution_blocks(kDtype == GFL_FLOAT64, kBins))
+__global__ void __launch_bounds__(kDistributionThreads, distribution_blocks(kBins))
     distribution_kernel(const void* pred, const void* target, const void* weight_left,
                         const void* weight_right, const void* weight, const void* upstream,
                         const void* avg_factor, const void* values, void* loss, double* partials,
@@ -618,7 +616,7 @@ __global__ void __launch_bounds__(kDistributionThreads,
   if (partials) leave_sum<kDistributionThreads>(total, partials);
 }
 
-// Any strides, any number of bins.
+// Any strides, any number of bins; float64.
 template <int kDtype>
 __global__ void __launch_bounds__(kDistributionThreads, 4)
     distribution_general_kernel(const void* pred, const void* target, const void* weight_left,
@@ -637,35 +635,29 @@ __global__ void __launch_bounds__(kDistributionThreads, 4)
        first += int64_t{gridDim.x} * together) {
     const int64_t number = first + (threadIdx.x >> s.lane_bits);
     const bool inside = number < s.rows.count;
+    const Steps* const operands[] = {&s.pred,         &s.grad,     &s.loss,   &s.target,
+                                     &s.weight_left,  &s.upstream, &s.weight, &s.weight_right};
+    int64_t at[8];
+    locate(s.rows, inside ? number : 0, operands, at);
     const auto offset = [&](const Steps& steps) {
-      const Steps* const one[] = {&steps};
-      int64_t at[1];
-      locate(s.rows, number, one, at);
-      return at[0];
+      int64_t found = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) found = operands[i] == &steps ? at[i] : found;
+      return found;
     };
+    const Bins<T, int64_t> bins{static_cast<const T*>(pred) + at[0],
+                                grad ? static_cast<T*>(grad) + at[1] : nullptr, s.pred.column,
+                                s.grad.column, format};
     if (s.summary) {
-      Bins<T, int64_t> bins{static_cast<const T*>(pred), static_cast<T*>(grad), s.pred.column,
-                            s.grad.column, format};
-      if (inside) {
-        bins.pred += offset(s.pred);
-        if (grad) bins.grad += offset(s.grad);
-      }
-      const auto row_of = [&](auto* data, const Steps& steps) {
-        return data + (inside ? offset(steps) : 0);
-      };
       summarise_row(bins, inside, values,
-                    grad ? row_of(static_cast<const A*>(upstream), s.upstream) : nullptr,
-                    loss ? row_of(static_cast<A*>(loss), s.loss) : nullptr, s, lane);
+                    grad ? static_cast<const A*>(upstream) + offset(s.upstream) : nullptr,
+                    loss ? static_cast<A*>(loss) + offset(s.loss) : nullptr, s, lane);
       continue;
     }
     Row<A> row{};
-    Bins<T, int64_t> bins{static_cast<const T*>(pred), static_cast<T*>(grad), s.pred.column,
-                          s.grad.column, format};
     if (inside) {
       const A w = weight ? load_value<A>(weight, s.weight.dtype, offset(s.weight)) : A(1);
       row = load_row<A>(target, weight_left, weight_right, w, upstream, factor, offset, s);
-      bins.pred += offset(s.pred);
-      if (grad) bins.grad += offset(s.grad);
     }
     const A value = compute_row<1>(bins, row, !target, grad && inside, values, s, lane);
     if (lane == 0 && inside) {
@@ -702,10 +694,6 @@ const void* distribution_kernel_at(int dtype, int bins) {
   switch (dtype) {
     case GFL_FLOAT32:
       return distribution_kernel_for<GFL_FLOAT32>(bins);
-    case GFL_FLOAT64:
-      return bins == kSummary
-                 ? reinterpret_cast<const void*>(distribution_kernel<GFL_FLOAT64, kSummary>)
-                 : reinterpret_cast<const void*>(distribution_kernel<GFL_FLOAT64, 0>);
     case kHalf:
       return distribution_kernel_for<kHalf>(bins);
     default:

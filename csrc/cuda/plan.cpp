@@ -281,6 +281,7 @@ void plan_distribution(const DistributionProblem& d, DistributionShape* s, Launc
   s->pred_stage = stage_of(d.pred, s->pred, *s, vector);
   s->grad_stage = d.grad.data ? stage_of(d.grad, s->grad, *s, vector) : s->pred_stage;
   if (s->pred_stage.mode < 0 || s->grad_stage.mode < 0 || d.bins < 2 ||
+      d.pred.dtype == GFL_FLOAT64 ||
       !simple(s->rows, {&s->pred, &s->target, &s->weight_left, &s->weight_right, &s->weight,
                         &s->upstream, &s->loss, &s->grad}) ||
       shared > kSharedBytes - kStaticBytes) {
@@ -290,8 +291,8 @@ void plan_distribution(const DistributionProblem& d, DistributionShape* s, Launc
              kDistributionThreads);
     return;
   }
-  const bool whole = (d.bins == 8 || d.bins == 16 || d.bins == 17 || d.bins == 33) &&
-                     s->lane_bits == 0 && d.pred.dtype != GFL_FLOAT64;
+  const bool whole =
+      (d.bins == 8 || d.bins == 16 || d.bins == 17 || d.bins == 33) && s->lane_bits == 0;
   set_kernel(launch, kDistributionKernel, d.pred.dtype,
              s->summary ? kSummary
              : whole    ? static_cast<int>(d.bins)
