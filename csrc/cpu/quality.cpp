@@ -16,8 +16,8 @@ namespace gfl {
 namespace {
 
 // Vectors that run abreast, at most. Long formulas keep the pipes busy with fewer, and compile
-// faster.
-constexpr int kQualityWays = 4;
+// faster; SSE has half as many registers.
+constexpr int kQualityWays = kVectorBytes == 16 ? 2 : 4;
 
 struct Background {  // beta = 2, q = 0
   static constexpr int kWays = kQualityWays;
