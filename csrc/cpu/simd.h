@@ -11,6 +11,7 @@
 #endif
 
 namespace gfl {
+namespace {  // each instruction set has its own
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -622,4 +623,5 @@ class FlushDenormals {
 #endif
 };
 
+}  // namespace
 }  // namespace gfl

@@ -16,8 +16,8 @@ struct Side {
 // The expectation and the standard deviation of a side, by `lanes` neighbours of which this thread
 // is number `lane`. The whole warp takes part.
 template <typename A, typename T>
-GFL_DEVICE Side<A> assess_side(const T* z, const Format<T>& format, const void* values, const DecodeShape& s, int lane,
-                               int lanes) {
+GFL_DEVICE Side<A> assess_side(const T* z, const Format<T>& format, const void* values,
+                               const DecodeShape& s, int lane, int lanes) {
   const int64_t step = s.pred.column;
   const int bins = s.bins;
   const auto value_of = [&](int k) {
@@ -82,15 +82,14 @@ __global__ void __launch_bounds__(kDecodeThreads)
     int64_t at[6];
     locate(s, inside ? number : s.rows.count - 1, operands, at);
     const T* const z = static_cast<const T*>(pred) + at[0];
-    const A stride = strides ? load_value<A>(strides, s.strides.dtype, at[2])
-                             : static_cast<A>(s.stride);
+    const A stride =
+        strides ? load_value<A>(strides, s.strides.dtype, at[2]) : static_cast<A>(s.stride);
     for (int i = 0; i < sides; ++i) {
       const int side = first_side + i, axis = side % 2;
       const Side<A> found =
           assess_side<A>(z + side * s.bins * s.pred.column, format, values, s, lane, lanes);
       if (lane != 0 || !inside) continue;
-      const A point =
-          load_value<A>(points, s.points.dtype, at[1] + axis * s.points.column);
+      const A point = load_value<A>(points, s.points.dtype, at[1] + axis * s.points.column);
       A x = decode_side(side, point, found.distance * stride);
       if (s.clips) {  // height comes first
         const A limit =
@@ -100,8 +99,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
       }
       static_cast<A*>(boxes)[at[4] + side * s.boxes.column] = x;
       if (deviation) {
-        static_cast<A*>(deviation)[at[5] + side * s.deviation.column] =
-            found.deviation * stride;
+        static_cast<A*>(deviation)[at[5] + side * s.deviation.column] = found.deviation * stride;
       }
     }
   }
@@ -149,18 +147,18 @@ __global__ void __launch_bounds__(kDecodeThreads)
 
 }  // namespace
 
-#define GFL_OF_DTYPE(kernel)                                        \
-  const void* kernel##_at(int dtype) {                              \
-    switch (dtype) {                                                \
-      case GFL_FLOAT32:                                             \
-        return reinterpret_cast<const void*>(kernel<GFL_FLOAT32>);  \
-      case GFL_FLOAT64:                                             \
-        return reinterpret_cast<const void*>(kernel<GFL_FLOAT64>);  \
-      case kHalf:                                                   \
-        return reinterpret_cast<const void*>(kernel<kHalf>);        \
-      default:                                                      \
-        return nullptr;                                             \
-    }                                                               \
+#define GFL_OF_DTYPE(kernel)                                       \
+  const void* kernel##_at(int dtype) {                             \
+    switch (dtype) {                                               \
+      case GFL_FLOAT32:                                            \
+        return reinterpret_cast<const void*>(kernel<GFL_FLOAT32>); \
+      case GFL_FLOAT64:                                            \
+        return reinterpret_cast<const void*>(kernel<GFL_FLOAT64>); \
+      case kHalf:                                                  \
+        return reinterpret_cast<const void*>(kernel<kHalf>);       \
+      default:                                                     \
+        return nullptr;                                            \
+    }                                                              \
   }
 
 GFL_OF_DTYPE(decode_kernel)

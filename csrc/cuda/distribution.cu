@@ -635,8 +635,8 @@ __global__ void __launch_bounds__(kDistributionThreads, 4)
        first += int64_t{gridDim.x} * together) {
     const int64_t number = first + (threadIdx.x >> s.lane_bits);
     const bool inside = number < s.rows.count;
-    const Steps* const operands[] = {&s.pred,         &s.grad,     &s.loss,   &s.target,
-                                     &s.weight_left,  &s.upstream, &s.weight, &s.weight_right};
+    const Steps* const operands[] = {&s.pred,        &s.grad,     &s.loss,   &s.target,
+                                     &s.weight_left, &s.upstream, &s.weight, &s.weight_right};
     int64_t at[8];
     locate(s.rows, inside ? number : 0, operands, at);
     const auto offset = [&](const Steps& steps) {

@@ -204,7 +204,8 @@ GFL_DEVICE float quality_rows(const void* pred, const void* target, const void* 
               formula.labelled(x, place, quality, r);
             } else {
               float q[V];
-              load_qualities(format, q_row + static_cast<int64_t>(c) * q_bytes, s.target_is_float, q);
+              load_qualities(format, q_row + static_cast<int64_t>(c) * q_bytes, s.target_is_float,
+                             q);
               formula.apply(x, q, r);
             }
             if (kHasLoss) add_losses(r);
@@ -222,8 +223,9 @@ GFL_DEVICE float quality_rows(const void* pred, const void* target, const void* 
 #pragma unroll 1
           for (int i = lane; i < ends; i += lanes) {
             const int c = i < head ? i : i - head + tail;
-            const float q = kSparse ? (c == label ? quality : 0.0f)
-                                    : load_quality(format, target, s.target_is_float, target_at + c);
+            const float q = kSparse
+                                ? (c == label ? quality : 0.0f)
+                                : load_quality(format, target, s.target_is_float, target_at + c);
             const bool positive = kSparse ? c == label : q > 0;
             const LossGrad<float> one = formula.apply(format.widen(x_row[c]), q, positive);
             if (kHasLoss) row_loss += one.loss;
@@ -343,7 +345,9 @@ GFL_DEVICE float quality_planes(const void* pred, const void* target, const void
 #pragma unroll
       for (int i = 0; i < V; ++i) unread |= row_weight[i] == 0 ? 1u << i : 0;
     }
-    const bool any_read = unread + 1 != 1u << V, plain = full && unread == 0;
+    const bool any_read = unread + 1 != 1u << V;
+    // One question for two in the loop: whether all is there, and what it is.
+    const int plain_dtype = settled(full && unread == 0 ? s.pred.dtype : -1);
     const int q_bytes = s.target_is_float ? 4 : sizeof(T);
     const RowIndex own = at(row);
     const T* x_row = settled(static_cast<const T*>(pred) + own.offset(s.pred) +
@@ -360,10 +364,15 @@ GFL_DEVICE float quality_planes(const void* pred, const void* target, const void
     for (int c = part; c < classes; c += parts) {
       float x[V], q[V] = {};
       Vector<T> raw{};
-      if (plain) {
+      const auto load_plain = [&](const Format<T>& known) {
         raw = load_vector(x_row);
-        format.widen(raw.of, x);
-        if (!kSparse) load_qualities(format, q_row, s.target_is_float, q);
+        known.widen(raw.of, x);
+        if (!kSparse) load_qualities(known, q_row, s.target_is_float, q);
+      };
+      if (sizeof(T) == 2 && plain_dtype == GFL_BFLOAT16) {
+        load_plain(Format<T>(GFL_BFLOAT16));
+      } else if (plain_dtype >= 0) {
+        load_plain(Format<T>(GFL_FLOAT16));
       } else {
         if (full) {
           if (any_read) raw = load_vector(x_row);
@@ -471,8 +480,19 @@ GFL_DEVICE float quality_planes(const void* pred, const void* target, const void
   return total;
 }
 
+// Blocks of an SM: four, whose threads have 64 registers. Planes of half logits with dense targets
+// would keep a few of theirs in memory, of kFamily's loss everywhere, of the rest from sm_100 on.
+constexpr int quality_blocks(int dtype, int variant) {
+  const bool crowded = dtype == kHalf && (variant & (kDense | kPlanes)) == (kDense | kPlanes);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return crowded ? 3 : 4;
+#else
+  return crowded && variant == (kFamily | kDense | kPlanes | kLoss) ? 3 : 4;
+#endif
+}
+
 template <int kDtype, int kVariant>
-__global__ void __launch_bounds__(kQualityThreads, 4)  // 64 registers
+__global__ void __launch_bounds__(kQualityThreads, quality_blocks(kDtype, kVariant))
     quality_kernel(const void* pred, const void* target, const void* score, const void* weight,
                    const void* upstream, const void* avg_factor, void* loss, double* partials,
                    void* grad, const __grid_constant__ QualityShape s) {
