@@ -192,9 +192,9 @@ $(PY):
 	  'name one with: make PYTHON=/path/to/python3' >&2; exit 1
 
 $(VENV)/.requirements: requirements-dev.txt | $(PY)
-	$(REQUIREMENTS) | sed '/^# without dependencies/,$$d' | $(PIP) install --disable-pip-version-check -q -r /dev/stdin
+	$(REQUIREMENTS) | sed '/^# without dependencies/,$$d' | $(PIP) install --disable-pip-version-check --no-compile -q -r /dev/stdin
 	$(REQUIREMENTS) | sed -n '/^# without dependencies/,$$p' | \
-	  $(PIP) install --disable-pip-version-check -q --no-deps -r /dev/stdin
+	  $(PIP) install --disable-pip-version-check --no-compile -q --no-deps -r /dev/stdin
 	touch $@
 
 $(VENV)/.package: $(VENV)/.requirements $(NATIVE_SOURCES)

@@ -312,7 +312,7 @@ class SimulatedCuda:
     `launches` and `reports` hold one entry per launch."""
 
     def __init__(self, arch=90, **options):
-        self.arch, self.launch_options = arch, {"isolate": True, "order": "reverse", **options}
+        self.arch, self.launch_options = arch, {"isolate": True, "check_races": True, **options}
         self.reports, self.launches = [], []
 
     def __enter__(self):

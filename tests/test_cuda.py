@@ -1,8 +1,8 @@
 """The CUDA C++ kernels without a GPU: what nvcc makes of them, launched on ptxsim as the compiled
 library would launch it on a GPU.
 
-Every argument lies far from the others, so that an access out of bounds is a fault; warps run in
-either order, so that a missing barrier shows; approximate instructions err as much as their
+Every argument lies far from the others, so that an access out of bounds is a fault; so is shared
+memory in which warps meet with no barrier between them; approximate instructions err as much as their
 documentation allows.
 """
 
@@ -79,7 +79,7 @@ _reason = "TRITON_INTERPRET=1: nothing is compiled" if INTERPRETED else why_not(
 pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
 
 
-@pytest.fixture(params=[("nearest", "forward"), ("worst", "reverse")], ids="-".join)
+@pytest.fixture(params=[("nearest", "forward"), ("worst", "lockstep")], ids="-".join)
 def compiled(request):
     approx, order = request.param
     with SimulatedCuda(approx=approx, order=order) as device:
@@ -89,7 +89,7 @@ def compiled(request):
 @pytest.fixture
 def compiled_once():
     """For what hardly depends on how instructions approximate, or on the order of warps."""
-    with SimulatedCuda(approx="worst", order="reverse") as device:
+    with SimulatedCuda(approx="worst") as device:
         yield device
 
 

@@ -2,8 +2,8 @@
 
 The whole suite runs interpreted (`make test`, TRITON_INTERPRET=1). Here a part that stands for it
 runs what a GPU would get, every argument far from the others, so that an access out of bounds is a
-fault, warps in reverse order, so that a missing barrier shows, and every approximate instruction at
-the error its documentation allows.
+fault, as are warps that meet in shared memory with no barrier between them, and every approximate
+instruction at the error its documentation allows.
 """
 
 import pytest
@@ -71,7 +71,7 @@ class simulated:
     """Triton compiles for sm_90 and runs on CPU tensors, as the forced backend."""
 
     def __init__(self, arch=90, **options):
-        options = {"isolate": True, "order": "reverse", **options}
+        options = {"isolate": True, "check_races": True, **options}
         self.device = ptxsim.triton_device(arch, **options)
 
     def __enter__(self):

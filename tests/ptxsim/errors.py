@@ -67,6 +67,11 @@ class UninitializedRead(DeviceError):
     """A shared memory read of bytes no thread wrote (``check_uninit=True``)."""
 
 
+class Race(DeviceError):
+    """Two warps of a block access the same shared memory with no barrier between them, and one writes
+    (``check_races=True``)."""
+
+
 class Deadlock(DeviceError):
     """No thread can make progress."""
 

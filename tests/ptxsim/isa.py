@@ -614,8 +614,8 @@ def _approximate(env, inst) -> Step:
             d = divisor[0]
             huge = (np.abs(d) > 2.0**126) & np.isfinite(d)
             y = np.where(huge, np.where(np.isinf(x), np.nan, np.copysign(0.0, x) * np.sign(d)), y)
-        if b.rng is not None:
-            y = fp.perturb(y, error_bound(op, fmt, x, y), fmt, b.rng)
+        if b.error_seed is not None:
+            y = fp.perturb(y, error_bound(op, fmt, x, y), fmt, b.error_seed)
         put(b, m, finish(y))
 
     return step

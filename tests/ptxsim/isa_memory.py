@@ -286,7 +286,7 @@ def _atom(env, inst) -> Step:
         data = [b.pick(g, lanes, raw.dtype).reshape(-1, vector).view(typ.dtype) for g in gets]
         data = [d[:, 0] if count == 1 else d for d in data]
         old = np.zeros_like(data[0])
-        for view, element, select in memory.segments(
+        for view, element, select, _ in memory.segments(
             b, space, addr(b, lanes), lanes, typ.dtype, count, index, ("read", "written")
         ):
             if not returns and native:  # ufunc.at accumulates lane by lane too, but fast

@@ -131,6 +131,7 @@ class Kernel:
         order: str = "lockstep",
         isolate: bool = False,
         check_uninit: bool = False,
+        check_races: bool = False,
         count_memory: bool = True,
         batch_threads: int = 16384,
         max_steps: int = 5_000_000,
@@ -147,13 +148,16 @@ class Kernel:
         names : argument names for reports and errors
         buffers : further arrays the kernel may access (pointers inside structs)
         approx : 'nearest' rounds approximate functions (ex2, rcp, ...) correctly;
-            'worst' moves them by the documented maximum error, with random signs from ``seed``
+            'worst' moves them by the documented maximum error, up or down by a hash of their
+            bits and ``seed``
         order : 'lockstep', or 'forward'/'reverse' to run the warps of a CTA one
             after the other up to each barrier; results that differ reveal races
         isolate : give every allocation its own far-away address range instead of its
             real address, so that no overrun can reach another argument (pointers
             inside plain bytes or memory then do not work)
         check_uninit : raise on reads of shared memory nobody wrote
+        check_races : raise when warps of a block meet in shared memory with no barrier between
+            them; atomic operations are not looked at
         count_memory : collect memory statistics
         max_steps : scheduling steps per batch of CTAs before giving up
         """
@@ -166,6 +170,7 @@ class Kernel:
             seed,
             order,
             check_uninit,
+            check_races,
             count_memory,
             max_steps,
         )
@@ -186,6 +191,7 @@ class Launch:
         seed: int,
         order: str,
         check_uninit: bool,
+        check_races: bool,
         count_memory: bool,
         max_steps: int,
     ):
@@ -203,13 +209,9 @@ class Launch:
         self.shared_bytes = max(
             self.program.static_shared, self.program.dynamic_start + shared_bytes
         )
-        self.rng = np.random.default_rng(seed) if approx == "worst" else None
-        self.order, self.check_uninit, self.count_memory, self.max_steps = (
-            order,
-            check_uninit,
-            count_memory,
-            max_steps,
-        )
+        self.error_seed = np.uint64(seed) if approx == "worst" else None
+        self.order, self.check_uninit, self.check_races = order, check_uninit, check_races
+        self.count_memory, self.max_steps = count_memory, max_steps
 
     def bind(
         self, args: Sequence, names: Sequence[str], buffers: Mapping[str, object], isolate: bool

@@ -19,7 +19,7 @@ import numpy as np
 
 from .errors import Deadlock, DeviceError, LaunchError, Timeout, Trap
 from .isa_warp import ballot, spread
-from .memory import Fault, Window
+from .memory import Fault, Races, Window
 from .operands import ALL, U32, U64, Mask
 from .parser import Inst
 from .program import CONTROL, SYNC
@@ -43,7 +43,8 @@ class Batch:
     def __init__(self, launch: Launch, first: int, ctas: int):
         program = launch.program
         self.launch, self.program, self.first, self.ctas = launch, program, first, ctas
-        self.counters, self.memory, self.rng = launch.counters, launch.memory, launch.rng
+        self.counters, self.memory = launch.counters, launch.memory
+        self.error_seed = launch.error_seed
         self.count_memory = launch.count_memory
         self.params, self.param_address = launch.params, U64(launch.params.ctypes.data)
         size = launch.block_threads
@@ -63,6 +64,9 @@ class Batch:
             "shared": Window("shared", ctas, launch.shared_bytes, launch.check_uninit),
             "local": Window("local", self.threads, program.local_bytes),
         }
+        self.races = None
+        if launch.check_races and size > 32:
+            self.races = Races(ctas, len(self.windows["shared"].data))
         self.live = self.thread_in_cta < size
         self.pc = np.where(self.live, program.entry[id(program.kernel)], EXITED).astype(np.int32)
         self.return_pc = np.zeros((len(program.functions), self.threads), np.int32)
@@ -243,6 +247,8 @@ class Batch:
             done = (threads >= needed) & warps.any(axis=of_cta)
             free = at & done[self.cta]
             self.arrived[done, number] = 0
+            if self.races is not None:
+                self.races.epoch[done] += 1
             for after in np.unique(self.pc[free]) - BARRIER:
                 if after in self.barrier_result:
                     self._reduce(free, *self.barrier_result[after])

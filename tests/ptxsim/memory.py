@@ -14,19 +14,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import DeviceError, Misaligned, OutOfBounds, UninitializedRead
+from .errors import DeviceError, Misaligned, OutOfBounds, Race, UninitializedRead
 
 SHARED_BASE, LOCAL_BASE = 1 << 56, 2 << 56
 SECTOR = 32
 _NONE = np.iinfo(np.int64).max  # "no lane here" in per-warp matrices
 
-Segment = tuple[np.ndarray, np.ndarray, "np.ndarray | slice"]
+Segment = tuple[np.ndarray, np.ndarray, "np.ndarray | slice", "Races | None"]
 
 
 class Fault(Exception):
     """Internal: a faulting access; the machine adds the location and raises ``kind``."""
 
-    def __init__(self, kind: type[DeviceError], position: int, address: int, message: str):
+    def __init__(self, kind: type[DeviceError], position: int, address: int | None, message: str):
         self.kind, self.position, self.address, self.message = kind, position, address, message
         self.thread: int | None = None
 
@@ -125,7 +125,7 @@ class GlobalMemory:
             k = np.searchsorted(self._bases, address, "right") - 1
             room = self._ends[k] - address
             bad = (k < 0) | (address >= self._ends[k]) | (room < np.uint64(width))
-            if bad.any():
+            if np.count_nonzero(bad):
                 raise self._out_of_bounds(int(np.argmax(bad)), address, width, write)
         offset = (address - self._bases[k]).view(np.int64)
         _check_alignment(offset, address, width, "global")
@@ -185,7 +185,7 @@ class Window:
         bad = (address >= np.uint64(self.size)) | (
             address + np.uint64(width) > np.uint64(self.size)
         )
-        if bad.any():
+        if np.count_nonzero(bad):
             position = int(np.argmax(bad))
             raise Fault(
                 OutOfBounds,
@@ -218,6 +218,60 @@ class Window:
         return data if count == 1 else data.reshape(-1, count)
 
 
+class Races:
+    """Who has read and written each byte of shared memory since the last barrier of its CTA.
+
+    Unlike an order of warps in which a missing barrier happens to show, this finds it in any. A barrier
+    counts as one of the whole CTA; warps may write the same value to one place, as programs do whose
+    warps hold it in common. An access is a number: 64 * (barriers so far) + warp + 1.
+    """
+
+    SEVERAL = 63  # instead of warp + 1: more than one
+
+    def __init__(self, ctas: int, size: int):
+        self.epoch = np.ones(ctas, np.int64)
+        self.read, self.written = np.zeros(size, np.int64), np.zeros(size, np.int64)
+
+    def _accesses(self, batch, lanes, select, element, width):
+        every = element[:, None] * width + np.arange(width)
+        lanes = (np.arange(batch.threads) if lanes is None else lanes)[select]
+        since = np.broadcast_to(64 * self.epoch[batch.cta[lanes]][:, None], every.shape)
+        return every, since, since + (batch.thread_in_cta[lanes][:, None] // 32 + 1), lanes
+
+    def reads(self, batch, lanes, select, element, width) -> None:
+        every, since, mine, lanes = self._accesses(batch, lanes, select, element, width)
+        last = self.written[every]
+        self._judge((last > since) & (last != mine), "read after the write", lanes)
+        last = self.read[every]
+        self.read[every] = mine
+        several = ((last > since) & (last != mine)) | (self.read[every] != mine)
+        if np.count_nonzero(several):
+            self.read[every[several]] = since[several] + self.SEVERAL
+
+    def writes(self, batch, lanes, select, element, view, values) -> None:
+        """Stores values as well."""
+        wanted = np.ascontiguousarray(values).reshape(len(element), -1).view(np.uint8)
+        every, since, mine, lanes = self._accesses(batch, lanes, select, element, wanted.shape[1])
+        data = view.reshape(-1).view(np.uint8)
+        last = self.read[every]
+        self._judge((last > since) & (last != mine), "write after the read", lanes)
+        last = self.written[every]
+        changed = (last > since) & (last != mine) & (data[every] != wanted)
+        self._judge(changed, "write after the write", lanes)
+        self.written[every] = mine
+        view[element] = values
+        if np.count_nonzero(self.written[every] != mine):
+            self._judge(data[every] != wanted, "write at the same time as that", lanes)
+
+    def _judge(self, race: np.ndarray, what: str, lanes: np.ndarray) -> None:
+        if np.count_nonzero(race):
+            position = int(np.argmax(race.any(axis=1)))
+            message = f"{what} of another warp, with no barrier between them, in shared memory"
+            fault = Fault(Race, position, None, message)
+            fault.thread = int(lanes[position])
+            raise fault
+
+
 def _check_alignment(offset: np.ndarray, address: np.ndarray, width: int, space: str) -> None:
     low = offset.dtype.type(width - 1)
     if np.bitwise_or.reduce(offset) & low:
@@ -241,10 +295,11 @@ def segments(
     index: int,
     kinds: Sequence[str],
 ) -> list[Segment]:
-    """Resolve an access to (view, element index, selector) triples, checking and counting it.
+    """Resolve an access to (view, element index, selector, races), checking and counting it.
 
     ``address`` holds one byte address per active lane; ``kinds`` is a subset of
-    ('read', 'written').  The selector picks the positions in ``address`` that a triple covers.
+    ('read', 'written').  The selector picks the positions in ``address`` that an entry covers;
+    where races are to be looked for, the last item is what does.
     """
     try:
         return list(_segments(batch, space, address, lanes, dtype, count, index, kinds))
@@ -258,34 +313,35 @@ def _segments(batch, space, address, lanes, dtype, count, index, kinds) -> Itera
     width = np.dtype(dtype).itemsize * count
     if space == "generic":
         tag = address >> np.uint64(56)
-        if tag.any():
+        if np.count_nonzero(tag):
             everyone = np.arange(batch.threads) if lanes is None else lanes
             for t in np.unique(tag).tolist():
                 pick = np.flatnonzero(tag == t)
                 name = {1: "shared", 2: "local"}.get(t, "global")
                 base = np.uint64(0 if name == "global" else t << 56)
-                for view, element, select in segments(
+                for view, element, select, races in segments(
                     batch, name, address[pick] - base, everyone[pick], dtype, count, index, kinds
                 ):
-                    yield view, element, pick[select]
+                    yield view, element, pick[select], races
             return
     if space in ("generic", "global", "const"):
         k, offset = batch.memory.locate(address, width, "written" in kinds)
         if space != "const" and batch.count_memory:
             batch.counters.global_access(index, batch.threads, lanes, k, offset, width, kinds)
         if np.ndim(k) == 0:
-            yield batch.memory.view(k, dtype, count), offset // width, slice(None)
+            yield batch.memory.view(k, dtype, count), offset // width, slice(None), None
             return
         for i in np.unique(k).tolist():
             pick = np.flatnonzero(k == i)
-            yield batch.memory.view(i, dtype, count), offset[pick] // width, pick
+            yield batch.memory.view(i, dtype, count), offset[pick] // width, pick, None
         return
     window: Window = batch.windows[space]
     row = batch.row[space] if lanes is None else batch.row[space][lanes]
     start = window.locate(address, row, width, "written" in kinds, "read" in kinds)
     if space == "shared" and batch.count_memory:
         batch.counters.shared_access(index, batch.threads, lanes, address, width)
-    yield window.view(dtype, count), start // width, slice(None)
+    races = batch.races if space == "shared" else None
+    yield window.view(dtype, count), start // width, slice(None), races
 
 
 def read(
@@ -299,10 +355,13 @@ def read(
 ) -> np.ndarray:
     """Load ``count`` elements per active lane: shape (n,) or (n, count)."""
     found = segments(batch, space, address, lanes, dtype, count, index, ("read",))
-    if len(found) == 1:
-        return found[0][0][found[0][1]]
+    for view, element, select, races in found:
+        if races is not None:
+            races.reads(batch, lanes, select, element, np.dtype(dtype).itemsize * count)
+        if len(found) == 1:
+            return view[element]
     out = np.empty(address.shape if count == 1 else (address.size, count), dtype)
-    for view, element, select in found:
+    for view, element, select, _ in found:
         out[select] = view[element]
     return out
 
@@ -317,10 +376,13 @@ def write(
     index: int,
 ) -> None:
     """Store ``values`` of shape (n,) or (n, count); of lanes that collide the last one wins."""
-    for view, element, select in segments(
+    for view, element, select, races in segments(
         batch, space, address, lanes, values.dtype, count, index, ("written",)
     ):
-        view[element] = values[select]
+        if races is None:
+            view[element] = values[select]
+        else:
+            races.writes(batch, lanes, select, element, view, values[select])
 
 
 def by_rounds(
@@ -378,7 +440,7 @@ class Counters:
         """Account one request per active warp; sectors count from the start of each allocation."""
         sector = self.first_sector[alloc] + (offset >> 5)
         rows, valid = _per_warp(sector, lanes, threads)
-        if (rows[:, 1:] < rows[:, :-1]).any():
+        if np.count_nonzero(rows[:, 1:] < rows[:, :-1]):
             rows = np.sort(rows, axis=1)
             valid = rows != _NONE
         fresh = _distinct(rows) & valid
@@ -419,7 +481,7 @@ class Counters:
         crowded = spread > 32  # otherwise different words lie in different banks
         self.ideal_wavefronts[index] += len(rows)
         self.wavefronts[index] += len(rows) - np.count_nonzero(crowded)
-        if crowded.any():
+        if np.count_nonzero(crowded):
             word = np.where(valid[crowded], rows[crowded], -64)[:, :, None] + np.arange(words)
             word = np.sort(word.reshape(len(word), -1), axis=1)
             fresh = _distinct(word) & (word >= 0)

@@ -294,6 +294,48 @@ def test_shared_bounds_and_poison():
     launch(fine, [out], head=head, check_uninit=True)
 
 
+HEAD = ".shared .align 16 .b8 s[1024];"
+BEGIN = "mov.u32 %r1, %tid.x; mov.u32 %r2, s; shl.b32 %r3, %r1, 2; add.u32 %r4, %r2, %r3;"
+STORE, BARRIER = "st.shared.u32 [%r4], %r1;", "bar.sync 0;"
+ANOTHER = "xor.b32 %r5, %r3, 128; add.u32 %r5, %r2, %r5;"  # as this thread's of the other warp
+SAME_WARP = "xor.b32 %r5, %r3, 64; add.u32 %r5, %r2, %r5;"
+LOAD = "ld.shared.u32 %r6, [%r5];"
+EVERYBODY = "ld.shared.u32 %r6, [s];"
+
+
+@pytest.mark.parametrize("order", ["lockstep", "forward", "reverse"])
+@pytest.mark.parametrize(
+    "body, what",
+    [
+        (STORE + ANOTHER + LOAD, "read after the write|write after the read"),
+        (EVERYBODY + "setp.eq.u32 %p1, %r1, 40; @%p1 st.shared.u32 [s], %r1;", "write after the read|read after"),
+        ("st.shared.u32 [s], %r1;", "write (at the same time as that|after the write)"),
+        ("st.shared.v4.u32 [s], {%r1, %r1, %r1, %r1}; ld.shared.u8 %r6, [s+15];", "write"),
+        (STORE + BARRIER + ANOTHER + LOAD + STORE, "write after the read|read after the write"),
+    ],
+    ids=["written", "read", "together", "bytes", "second"],
+)
+def test_races(order, body, what):
+    with pytest.raises(ptxsim.Race, match=what) as e:
+        launch(BEGIN + body, [], grid=3, block=64, head=HEAD, order=order, check_races=True)
+    assert e.value.ctaid == (0, 0, 0)
+    launch(BEGIN + body, [], grid=3, block=64, head=HEAD, order=order)
+
+
+@pytest.mark.parametrize("order", ["lockstep", "forward", "reverse"])
+def test_no_races(order):
+    """Of a warp with itself, of reads with reads, of different bytes, of what a barrier divides, of
+    atomic operations, of writes that change nothing."""
+    fine = (
+        STORE + SAME_WARP + LOAD + BARRIER + ANOTHER + LOAD + EVERYBODY + BARRIER + STORE,
+        "add.u32 %r4, %r2, %r1; st.shared.u8 [%r4], %r1; ld.shared.u8 %r6, [%r4];",
+        "atom.shared.add.u32 %r6, [s], 1;",
+        "mov.u32 %r6, 7; st.shared.u32 [s], %r6;",  # every warp the same value
+    )
+    for body in fine:
+        launch(BEGIN + body, [], grid=3, block=64, head=HEAD, order=order, check_races=True)
+
+
 def test_only_used_shared_variables_count():
     head = ".shared .align 4 .b8 other[4096]; .shared .align 4 .b8 mine[64];"
     m = module(
