@@ -2,8 +2,8 @@
 library would launch it on a GPU.
 
 Every argument lies far from the others, so that an access out of bounds is a fault; so is shared
-memory in which warps meet with no barrier between them; approximate instructions err as much as their
-documentation allows.
+memory in which warps meet with no barrier between them; approximate instructions err as much as
+their documentation allows.
 """
 
 import itertools
@@ -306,19 +306,19 @@ def test_memory_traffic():
     weight 0 are not read."""
     for dtype in (torch.float32, torch.bfloat16):
         with SimulatedCuda() as device:
-            x = logits(4096, 80, extremes=False, dtype=dtype).requires_grad_()
-            planes = lay_out("nchw", logits(1, 64, 64, 80, extremes=False, dtype=dtype)).pred
-            label, score = sparse_target((4096,), 80)
+            x = logits(1024, 80, extremes=False, dtype=dtype).requires_grad_()
+            planes = lay_out("nchw", logits(1, 32, 32, 80, extremes=False, dtype=dtype)).pred
+            label, score = sparse_target((1024,), 80)
             QUALITY(x, (label, score), avg_factor=torch.tensor(100.0)).backward()
-            target = label.view(1, 64, 64), score.view(1, 64, 64)
+            target = label.view(1, 32, 32), score.view(1, 32, 32)
             QUALITY(planes.requires_grad_(), target, class_dim=1).backward()
-            z = logits(4096, 17, extremes=False, dtype=dtype).requires_grad_()
-            DISTRIBUTION(z, bin_target((4096,), 17)).backward()
+            z = logits(1024, 17, extremes=False, dtype=dtype).requires_grad_()
+            DISTRIBUTION(z, bin_target((1024,), 17)).backward()
             INTEGRAL(z).sum().backward()
             p = x.detach().sigmoid().requires_grad_()
             QUALITY(p, (label, score), activated=True).backward()
             for bins in (8, 16):  # rows of whole vectors
-                y = logits(4096 * 17 // bins, bins, extremes=False, dtype=dtype).requires_grad_()
+                y = logits(1024 * 17 // bins, bins, extremes=False, dtype=dtype).requires_grad_()
                 DISTRIBUTION(y, bin_target((len(y),), bins)).backward()
             launches = zip(device.reports, kernels_of(device), strict=True)
             reports = [report for report, name in launches if name != "finish_kernel<0>"]
@@ -332,9 +332,9 @@ def test_memory_traffic():
                     assert report.traffic("grad").wide_share(16) == 1
 
             device.reports.clear()
-            weight = torch.zeros(4096)
-            weight[1000:1040] = 1
-            DISTRIBUTION(z, bin_target((4096,), 17), weight=weight, avg_factor=40.0).backward()
+            weight = torch.zeros(1024)
+            weight[504:544] = 1
+            DISTRIBUTION(z, bin_target((1024,), 17), weight=weight, avg_factor=40.0).backward()
             forward, _, backward = device.reports
             assert forward.traffic("pred").read_bytes == 40 * 17 * z.element_size()
             assert backward.traffic("grad").written_bytes == z.nbytes

@@ -30,7 +30,7 @@ def main():
     if not python.exists():
         subprocess.run([options.python, "-m", "venv", venv], check=True)
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, f"torch=={options.torch}", "numpy"], check=True)
+    subprocess.run([*pip, "--no-compile", f"torch=={options.torch}", "numpy"], check=True)
     if options.wheel is None:
         print(venv)
         return

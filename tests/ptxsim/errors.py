@@ -68,8 +68,8 @@ class UninitializedRead(DeviceError):
 
 
 class Race(DeviceError):
-    """Two warps of a block access the same shared memory with no barrier between them, and one writes
-    (``check_races=True``)."""
+    """Two warps of a block access the same shared memory with no barrier between them, and one
+    writes (``check_races=True``)."""
 
 
 class Deadlock(DeviceError):

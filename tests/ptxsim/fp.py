@@ -332,11 +332,12 @@ def int_to_float(x: np.ndarray, fmt: Format, mode: str) -> np.ndarray:
     return _odd(near, (exact - near).astype(F64))
 
 
-def perturb(
-    exact: np.ndarray, bound: np.ndarray, fmt: Format, seed: np.uint64
-) -> np.ndarray:
-    """``exact`` moved by (almost) ``bound`` to a value of ``fmt``; the direction depends on its bits
-    and the seed, so that threads with the same value err alike, as on a GPU."""
+def perturb(exact: np.ndarray, bound: np.ndarray, fmt: Format, seed: np.uint64) -> np.ndarray:
+    """``exact`` moved by (almost) ``bound`` to a value of ``fmt``.
+
+    The direction depends on its bits and the seed: threads with the same value err alike, as on a
+    GPU.
+    """
     mixed = (np.asarray(exact, F64).view(U64) ^ seed) * U64(0x9E3779B97F4A7C15)
     up = ((mixed ^ (mixed >> U64(29))) * U64(0xBF58476D1CE4E5B9)) >> U64(63) != 0
     moved = fmt.decode(

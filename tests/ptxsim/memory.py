@@ -221,9 +221,9 @@ class Window:
 class Races:
     """Who has read and written each byte of shared memory since the last barrier of its CTA.
 
-    Unlike an order of warps in which a missing barrier happens to show, this finds it in any. A barrier
-    counts as one of the whole CTA; warps may write the same value to one place, as programs do whose
-    warps hold it in common. An access is a number: 64 * (barriers so far) + warp + 1.
+    Unlike an order of warps in which a missing barrier happens to show, this finds it in any. A
+    barrier counts as one of the whole CTA; warps may write the same value to one place, as programs
+    do whose warps hold it in common. An access is a number: 64 * (barriers so far) + warp + 1.
     """
 
     SEVERAL = 63  # instead of warp + 1: more than one

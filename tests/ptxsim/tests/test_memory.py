@@ -308,7 +308,10 @@ EVERYBODY = "ld.shared.u32 %r6, [s];"
     "body, what",
     [
         (STORE + ANOTHER + LOAD, "read after the write|write after the read"),
-        (EVERYBODY + "setp.eq.u32 %p1, %r1, 40; @%p1 st.shared.u32 [s], %r1;", "write after the read|read after"),
+        (
+            EVERYBODY + "setp.eq.u32 %p1, %r1, 40; @%p1 st.shared.u32 [s], %r1;",
+            "write after the read|read after",
+        ),
         ("st.shared.u32 [s], %r1;", "write (at the same time as that|after the write)"),
         ("st.shared.v4.u32 [s], {%r1, %r1, %r1, %r1}; ld.shared.u8 %r6, [s+15];", "write"),
         (STORE + BARRIER + ANOTHER + LOAD + STORE, "write after the read|read after the write"),
