@@ -117,7 +117,7 @@ test-asan: build/asan/.built ## The CPU kernels on odd shapes under AddressSanit
 	grep -q __asan_init site/gfl_kernels/lib/libgfl_native.so && \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	GFL_KERNELS_BACKEND=cpu PYTHONPATH=$(CURDIR)/build/asan/site PYTHONDONTWRITEBYTECODE=1 \
+	GFL_KERNELS_BACKEND=cpu PYTHONPATH=$(CURDIR)/build/asan/site \
 	$(CURDIR)/$(BIN)/pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider \
 	  -n $(JOBS) --capture=sys -k 'not reference and not processes and not compile and not export' \
 	  $(CURDIR)/tests/test_odd_shapes.py $(CURDIR)/tests/test_head.py $(PYTEST_ARGS)

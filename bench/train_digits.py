@@ -63,7 +63,7 @@ class Size:
 
 
 FULL = Size(steps=400, batch_size=16, scenes=1200, held_out=250)
-QUICK = Size(steps=24, batch_size=8, scenes=64, held_out=16)
+QUICK = Size(steps=16, batch_size=4, scenes=32, held_out=8)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

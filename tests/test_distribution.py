@@ -128,7 +128,7 @@ def test_no_worse_than_eager(fused, dtype, form, bins):
 
 @pytest.mark.parametrize("bins", [3, 4, 5, 7, 9, 15, 18, 31, 32, 34, 63])
 def test_any_number_of_bins(backend, bins):
-    for dtype in FLOATS:
+    for dtype in (FLOATS[bins % 3],) if INTERPRETED else FLOATS:
         pred = logits(70, bins, dtype=dtype, device=backend.device)
         for form in FORMS:
             target = make_target(form, (70,), bins, device=backend.device)

@@ -214,7 +214,8 @@ def test_distribution_of_moderate_logits(fused, dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_every_dtype(fused, layout):
-    for dtype, size in combinations(DTYPES, (2, 3, 16, 17, 33)):
+    sizes = combinations(DTYPES, (2, 3, 16, 17, 33))
+    for dtype, size in sizes[list(LAYOUTS).index(layout) % 2 :: 2] if INTERPRETED else sizes:
         laid = lay_out(layout, logits(1, 3, 5, size, dtype=dtype))
         weight = row_weight(laid.row_shape)
         quality = sparse_target(laid.row_shape, size)
