@@ -254,6 +254,11 @@ def combinations(*axes):
     return cycled(*axes) if INTERPRETED else list(itertools.product(*axes))
 
 
+def thinned(values, which, of=3):
+    """All values; interpreted, one in so many, from number `which` on."""
+    return values[which % of :: of] if INTERPRETED else values
+
+
 def cycled(*axes):
     """As many combinations as the longest axis has values; the others begin again."""
     longest = max(map(len, axes))

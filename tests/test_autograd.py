@@ -24,6 +24,7 @@ from support import (
     run_python,
     sparse_target,
     stacked_moments,
+    thinned,
     to_double,
 )
 
@@ -95,7 +96,7 @@ NAMES = tuple(calls())
 
 def a_third(which):
     """Of the forms where Triton interprets: what autograd does hardly depends on the kernel."""
-    return NAMES[which::3] if INTERPRETED else NAMES
+    return thinned(NAMES, which)
 
 
 # ---- opcheck

@@ -29,6 +29,7 @@ from support import (
     random_upstream,
     row_weight,
     sparse_target,
+    thinned,
 )
 
 import gfl_kernels
@@ -399,7 +400,7 @@ def test_gradcheck(backend, name):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(backend, layout):
     # Interpreted, a third of the forms for each layout.
-    names = NAMES[list(LAYOUTS).index(layout) % 3 :: 3] if INTERPRETED else NAMES
+    names = thinned(NAMES, LAYOUTS.index(layout))
     for name, classes, reduction in combinations(names, (5, 40), ("none", "sum", "mean")):
         op, kwargs = FAMILY[name]
         laid = lay_out(

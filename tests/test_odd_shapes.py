@@ -23,6 +23,7 @@ from support import (
     moved,
     row_weight,
     sparse_target,
+    thinned,
 )
 from support import check_op as check_op_where_it_lies
 
@@ -180,7 +181,7 @@ def test_distribution_widths_and_heights(fused, dtype):
                 ("moments", (), {"scale": bins}),
             ]
             # Interpreted, a third of them for each width.
-            for op, args, kwargs in calls[bins % 3 :: 3] if INTERPRETED else calls:
+            for op, args, kwargs in thinned(calls, bins):
                 poison_for(pred)
                 check_op(op, pred, *args, what="odd", **kwargs)
 
@@ -215,7 +216,7 @@ def test_distribution_of_moderate_logits(fused, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_every_dtype(fused, layout):
     sizes = combinations(DTYPES, (2, 3, 16, 17, 33))
-    for dtype, size in sizes[list(LAYOUTS).index(layout) % 2 :: 2] if INTERPRETED else sizes:
+    for dtype, size in thinned(sizes, LAYOUTS.index(layout), of=2):
         laid = lay_out(layout, logits(1, 3, 5, size, dtype=dtype))
         weight = row_weight(laid.row_shape)
         quality = sparse_target(laid.row_shape, size)

@@ -19,6 +19,7 @@ from support import (
     logits,
     random_upstream,
     stacked_moments,
+    thinned,
 )
 
 import gfl_kernels
@@ -191,7 +192,7 @@ def test_moments_of_given_bins(backend, positions):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(backend, layout):
     sizes = combinations((5, 17), (torch.float32, torch.bfloat16))
-    for bins, dtype in sizes[list(LAYOUTS).index(layout) % 2 :: 2] if INTERPRETED else sizes:
+    for bins, dtype in thinned(sizes, LAYOUTS.index(layout), of=2):
         laid = lay_out(layout, logits(2, 5, 7, bins, dtype=dtype, device=backend.device))
         check_all(laid.pred, laid.dim, what=layout)
 
