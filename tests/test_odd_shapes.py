@@ -161,10 +161,10 @@ def test_family_widths_and_heights(fused, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_distribution_widths_and_heights(fused, dtype):
     widths = [width for width in WIDTHS if width >= 2]
-    thinned = dict(combinations(widths, (1, 2, 3, 15, 16, 17))) if INTERPRETED else {}
+    height_of = dict(combinations(widths, (1, 2, 3, 15, 16, 17))) if INTERPRETED else {}
     for bins in widths:
         heights = (1, 2, 15, 16, 17) if bins in (2, 8, 16, 17, 33, 64) else (1, 3)
-        for rows in (thinned[bins],) if INTERPRETED else heights:
+        for rows in (height_of[bins],) if INTERPRETED else heights:
             pred = logits(rows, bins, dtype=dtype, seed=bins)
             weight = row_weight((rows,), seed=bins)
             target, explicit = bin_target((rows,), bins), explicit_target((rows,), bins)
