@@ -26,12 +26,11 @@ class Decode {
     Scratch scratch(memory);
     z_ = scratch.take<Vs>(p_.bins);
     const Operand& o = p_.pred;
-    flat_ = kFlat && has_flat_bins(p_.bins) && p_.window < 0 && !p_.deviation.data &&
-            o.column == 1 && o.row[inner_] == 4 * p_.bins;
+    flat_ = has_flat_bins(p_.bins) && p_.window < 0 && !p_.deviation.data && o.column == 1 &&
+            o.row[inner_] == 4 * p_.bins;
     if (!flat_) return;
     e_ = scratch.take<A>(4 * kN * p_.bins + kN);
-    y_ = scratch.take<A>(p_.bins + kN);
-    for (int64_t k = 0; k < p_.bins; ++k) y_[k] = reinterpret_cast<const A*>(p_.values.data)[k];
+    y_ = repeat_values<A>(&scratch, p_.values, p_.bins, 1);
   }
 
   void run(int64_t begin, int64_t count) {
@@ -82,24 +81,21 @@ class Decode {
 
   // Of kN rows without gaps and of small logits.
   bool flat_distances(int64_t r, int lanes, V* distance) {
-    if constexpr (kFlat) {
-      if (!flat_ || lanes < kN) return false;
-      const S* const z = reinterpret_cast<const S*>(p_.pred.data) + at(p_.pred, r);
-      flat_ = exponentials(z, z, 4 * kN * p_.bins, e_);  // large logits have company
-      if (!flat_) return false;
-      A by_row[4 * kN];
-      with_bins(p_.bins, [&](auto bins) {
-        for (int g = 0; g < 4 * kN; g += kN) {
-          const Sums<V> sums = moments_of_flat(bins, e_ + g * bins, y_);
-          store(by_row + g, sums.moment * reciprocal(sums.sum));
-        }
-      });
-      rows_to_lanes<A>(
-          4, 1, [&](int i) __attribute__((always_inline)) { return by_row + 4 * i; },
-          [&](int64_t s, V column) __attribute__((always_inline)) { distance[s] = column; });
-      return true;
-    }
-    return false;
+    if (!flat_ || lanes < kN) return false;
+    const S* const z = reinterpret_cast<const S*>(p_.pred.data) + at(p_.pred, r);
+    flat_ = exponentials(z, z, 4 * kN * p_.bins, e_);  // large logits have company
+    if (!flat_) return false;
+    A by_row[4 * kN];
+    with_bins(p_.bins, [&](auto bins) {
+      for (int g = 0; g < 4 * kN; g += kN) {
+        const Sums<V> sums = moments_of_flat(bins, e_ + g * bins, y_);
+        store(by_row + g, sums.moment * reciprocal(sums.sum));
+      }
+    });
+    rows_to_lanes<A>(
+        4, 1, [&](int i) __attribute__((always_inline)) { return by_row + 4 * i; },
+        [&](int64_t s, V column) __attribute__((always_inline)) { distance[s] = column; });
+    return true;
   }
 
   // z_[k][u] lane i = bin k of side s + u of row r + i; spare lanes repeat the last one.

@@ -34,9 +34,11 @@ class Bundle {
   int64_t at(const Operand& o, int64_t row) const { return row * o.row[inner_]; }
   bool is_integral() const { return p_.kind == kExpectation; }
 
-  // weight_: the weight times the upstream gradient of each row of a block. False if all are 1.
+  // weight_: the weight times the upstream gradient of each row of a block, and 1 up to a whole
+  // vector. False if all are 1.
   bool load_weights(int64_t r, int n) {
-    fill(weight_, n, A(1));
+    if (!p_.weight.data) fill(weight_, n, A(1));
+    for (int i = n; i % kN; ++i) weight_[i] = 1;
     if (p_.weight.data) load_run(p_.weight, at(p_.weight, r), p_.weight.row[inner_], n, weight_);
     if (p_.grad_loss.data) {
       load_run(p_.grad_loss, at(p_.grad_loss, r), p_.grad_loss.row[inner_], n, wl_);
@@ -44,6 +46,21 @@ class Bundle {
       for (int i = 0; i < n; ++i) weight_[i] = weight_[i] == 0 ? 0 : weight_[i] * wl_[i];
     }
     return p_.weight.data || p_.grad_loss.data;
+  }
+
+  // The rows of a block whose weight is not 0: how many, and which in index_ unless all.
+  int list_active(int n) {
+    V zeros{};
+    for (int i = 0; i < n; i += kN) {
+      zeros = zeros + select(load(weight_ + i) == A(0), broadcast<V>(A(1)), V{});
+    }
+    if (sum_lanes(zeros) == 0) return n;
+    int active = 0;
+    for (int i = 0; i < n; ++i) {
+      index_[active] = i;
+      active += weight_[i] != 0;
+    }
+    return active;
   }
 
   // left_, wl_, wr_ of a block.
@@ -298,23 +315,26 @@ class Bundle {
   // Not inlined, which keeps the registers of all numbers of bins apart.
   template <int K>
   __attribute__((noinline)) V flat_loss(Bins<K> bins, int64_t r, int first, int n, A* grad) {
-    A left_e[kFlatRows], right_e[kFlatRows];
-    int at[kFlatRows];
-    for (int i = first; i < first + n; i += kN) {
+    using I = typename VectorTraits<V>::integer;
+    // Of the left one of a row's two bins, its place; what is read there, and then what is
+    // subtracted from the gradient.
+    decltype(I{}[0] + 0) at[kFlatRows];
+    A pairs[2 * kFlatRows];
+    I starts;
+    for (int l = 0; l < kN; ++l) starts[l] = static_cast<int>(l * bins);
+    const A last = static_cast<A>(bins - 1);
+    for (int g = 0; g < n; g += kN) {
       // The last bin as the right one of two, so that both are in the row.
-      const A last = static_cast<A>(bins - 1);
-      const V left = load(left_ + i), wl = load(wl_ + i);
+      A *const wl_at = wl_ + first + g, *const wr_at = wr_ + first + g;
+      const V left = load(left_ + first + g), wl = load(wl_at);
       const auto at_last = left >= last;
-      store(left_ + i, select(at_last, broadcast<V>(last - 1), left));
-      store(wl_ + i, select(at_last, V{}, wl));
-      store(wr_ + i, select(at_last, wl, load(wr_ + i)));
+      const V inside = select(at_last, broadcast<V>(last - 1), left);
+      store_raw(at + g, __builtin_convertvector(inside, I) + starts + static_cast<int>(g * bins));
+      store(wl_at, select(at_last, V{}, wl));
+      store(wr_at, select(at_last, wl, load(wr_at)));
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < n; ++i) {
-      at[i] = static_cast<int>(i * bins) + static_cast<int>(left_[first + i]);
-      left_e[i] = e_[at[i]];
-      right_e[i] = e_[at[i] + 1];
-    }
+    for (int i = 0; i < n; ++i) store_raw(pairs + 2 * i, load_raw<Two<A>>(e_ + at[i]));
     const A scale = static_cast<A>(p_.scale);
     V total{};
     for (int g = 0; g < n; g += kN) {
@@ -322,85 +342,82 @@ class Bundle {
       const V sum = flat_sums<V>(bins, [&](int i, int64_t k) __attribute__((always_inline)) {
         return load(e + i * bins + k);
       });
+      A* const pair = pairs + 2 * g;
+      V left = load(pair), right = load(pair + kN);
+      unzip(left, right);
       const V wl = load(wl_ + first + g), wr = load(wr_ + first + g), w = load(weight_ + first + g);
       const V inverse = reciprocal(sum);
-      const V loss = w * distribution_loss(V{}, wl, wr, logarithm(load(left_e + g) * inverse),
-                                           logarithm(load(right_e + g) * inverse));
+      const V loss =
+          w * distribution_loss(V{}, wl, wr, logarithm(left * inverse), logarithm(right * inverse));
       if (p_.loss.data) write_lanes(r + first + g, loss * scale);
       total = total + loss;
       if (grad) {
-        const V factor = w * scale;
-        store(left_e + g, wl * factor);
-        store(right_e + g, wr * factor);
-        store(total_ + g, (wl + wr) * (inverse * factor));
+        const V factor = w * scale, share = (wl + wr) * (inverse * factor);
+        left = wl * factor;
+        right = wr * factor;
+        zip(left, right);
+        store(pair, left);
+        store(pair + kN, right);
+        flat_grads(bins, grad, g, n,
+                   [&](V e, int64_t, const auto& each)
+                       __attribute__((always_inline)) { return e * each(share); });
       }
     }
     if (grad) {
-      flat_grads(
-          bins, grad, n,
-          [&](int i) __attribute__((always_inline)) {
-            return [f = broadcast<V>(total_[i])](V e, int64_t)
-                       __attribute__((always_inline)) { return e * f; };
-          },
-          [&](A* g) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-            for (int i = 0; i < n; ++i) {
-              g[at[i]] -= left_e[i];
-              g[at[i] + 1] -= right_e[i];
-            }
-          });
+      for (int i = 0; i < n; ++i) {
+        A* const two = grad + at[i];
+        store_raw(two, load_raw<Two<A>>(two) - load_raw<Two<A>>(pairs + 2 * i));
+      }
     }
     return total;
   }
 
   template <int K>
   __attribute__((noinline)) V flat_integral(Bins<K> bins, int64_t r, int first, int n, A* grad) {
-    A factor[kFlatRows];
     for (int g = 0; g < n; g += kN) {
-      const A* const e = e_ + g * bins;
-      const Sums<V> sums = moments_of_flat(bins, e, y_);
+      const Sums<V> sums = moments_of_flat(bins, e_ + g * bins, y_);
       const V inverse = reciprocal(sums.sum), expectation = inverse * sums.moment;
       if (p_.loss.data) write_lanes(r + first + g, expectation);
-      store(total_ + g, expectation);
-      store(factor + g, inverse * load(weight_ + first + g));
-    }
-    if (grad) {
-      flat_grads(
-          bins, grad, n,
-          [&](int i) __attribute__((always_inline)) {
-            return [this, f = broadcast<V>(factor[i]), expectation = broadcast<V>(total_[i])](
-                       V e, int64_t k) __attribute__((always_inline)) {
-              return expectation_grad(e * f, load(y_ + k), expectation);
-            };
-          },
-          [](A*) {});
+      if (grad) {
+        const V factor = inverse * load(weight_ + first + g);
+        flat_grads(bins, grad, g, n,
+                   [&](V e, int64_t i, const auto& each) __attribute__((always_inline)) {
+                     return expectation_grad(e * each(factor), load(y_ + i), each(expectation));
+                   });
+      }
     }
     return V{};
   }
 
-  // grad = row(i)(exponentials, bin), kN bins at a time: the last ones of a row spill into the
-  // next, which comes after. Behind the last row there is room in g_ alone.
-  template <int K, typename Row, typename Patch>
-  __attribute__((always_inline)) void flat_grads(Bins<K> bins, A* grad, int n, const Row& row,
-                                                 const Patch& patch) {
-    const int64_t whole = bins / kN * kN;
-#pragma GCC unroll 4
-    for (int i = 0; i < n; ++i) {
-      const auto f = row(i);
-      A* const to = grad + i * bins;
-      const A* const from = e_ + i * bins;
+  // grad = f(exponentials, their bins' place in y_, each) for kN of the n rows from g on; each as
+  // in each_vector.
+  template <int K, typename F>
+  __attribute__((always_inline)) void flat_grads(Bins<K> bins, A* grad, int g, int n, const F& f) {
+    const A* const from = e_ + g * bins;
+    A* const to = grad + g * bins;
+    if constexpr (K > 0) {
+      each_vector<V, K>([&](int i, const auto& each) __attribute__((always_inline)) {
+        store(to + i, f(load(from + i), i, each));
+      });
+    } else {
+      // Row by row: the last vector of a row spills into the next, which comes after. Behind the
+      // last row there is room in g_ alone.
 #pragma GCC unroll 16
-      for (int64_t k = 0; k < whole; k += kN) store(to + k, f(load(from + k), k));
-      if (whole < bins) {
-        const V v = f(load(from + whole), whole);
-        if (i == n - 1 && grad != g_) {
-          store_first(to + whole, v, static_cast<int>(bins - whole));
+      for (int i = 0; i < kN; ++i) {
+        const auto each = [i](V by_row)
+                              __attribute__((always_inline)) { return broadcast<V>(by_row[i]); };
+        const int64_t row = i * bins;
+        int64_t k = 0;
+        for (; k + kN < bins; k += kN) store(to + row + k, f(load(from + row + k), k, each));
+        const V rest = f(load(from + row + k), k, each);
+        if (g + i == n - 1 && grad != g_) {
+          store_first(to + row + k, rest, static_cast<int>(bins - k));
         } else {
-          store(to + whole, v);
+          store(to + row + k, rest);
         }
       }
     }
-    patch(grad);
   }
 
   // f(k, k % kWays): sums and maxima go to kWays accumulators, or each would wait for the one
@@ -473,9 +490,9 @@ class Bundle {
   const DistributionProblem& p_;
   const int inner_;
   const int64_t bins_;
-  // Exponentials, gradients and the bins' values, with a vector's room behind.
+  // Exponentials, gradients and the bins' values, these once for every lane if there are gradients,
+  // with a vector's room behind.
   A *e_ = nullptr, *g_ = nullptr, *y_ = nullptr;
-  A total_[kFlatRows];
   Vs* z_;        // [bins] one lane per row: logits, then exponentials, then gradients
   Vs* more_[3];  // [bins] of what else a row needs
   A weight_[kRows], left_[kRows], wl_[kRows], wr_[kRows];
@@ -499,8 +516,7 @@ class Distribution : Bundle<Accumulator<S>> {
     Scratch scratch(memory);
     z_ = scratch.take<Vs>(bins_);
     const bool plain = p_.kind == kTargetLoss || (is_integral() && p_.window < 0);
-    flat_ = kFlat && plain && has_flat_bins(bins_) && packed(p_.pred) &&
-            (!p_.grad.data || packed(p_.grad));
+    flat_ = plain && has_flat_bins(bins_) && packed(p_.pred) && (!p_.grad.data || packed(p_.grad));
     if (!flat_) {
       for (Vs*& more : more_) more = scratch.take<Vs>(bins_);
       return;
@@ -508,8 +524,7 @@ class Distribution : Bundle<Accumulator<S>> {
     e_ = scratch.take<A>(kFlatRows * bins_ + kN);
     if constexpr (sizeof(S) != sizeof(A)) g_ = scratch.take<A>(kFlatRows * bins_ + kN);
     if (is_integral()) {
-      y_ = scratch.take<A>(bins_ + kN);
-      for (int64_t k = 0; k < bins_; ++k) y_[k] = reinterpret_cast<const A*>(p_.values.data)[k];
+      y_ = repeat_values<A>(&scratch, p_.values, bins_, p_.grad.data ? kN : 1);
     }
   }
 
@@ -529,11 +544,7 @@ class Distribution : Bundle<Accumulator<S>> {
         p_.kind < kStatistics && this->load_weights(r, n) && !(is_integral() && p_.loss.data);
     int active = n;
     if (weighted) {
-      active = 0;
-      for (int i = 0; i < n; ++i) {
-        index_[active] = i;
-        active += weight_[i] != 0;
-      }
+      active = this->list_active(n);
       if (active < n) write_zeros(r, n);
     }
     if (p_.kind == kTargetLoss) this->load_targets(r, n);
@@ -542,18 +553,16 @@ class Distribution : Bundle<Accumulator<S>> {
     Group groups[kGroups];
     for (int g = 0, step; g < active; g += step) {
       step = kGroups * kN;
-      if constexpr (kFlat) {
-        if (flat_ && active == n && g % kFlatRows == 0) {
-          const int rows = smaller(kFlatRows, (n - g) / kN * kN);
-          const S* const z = logits(r + g);
-          const S* const also = p_.grad.data ? grads(r + g) : z;
-          if (rows > 0 && exponentials(z, also, rows * bins_, e_)) {
-            total = total + flat(r, g, rows);
-            step = rows;
-            continue;
-          }
-          flat_ = rows == 0;  // large logits have company: no more attempts in these rows
+      if (flat_ && active == n && g % kFlatRows == 0) {
+        const int rows = smaller(kFlatRows, (n - g) / kN * kN);
+        const S* const z = logits(r + g);
+        const S* const also = p_.grad.data ? grads(r + g) : z;
+        if (rows > 0 && exponentials(z, also, rows * bins_, e_)) {
+          total = total + flat(r, g, rows);
+          step = rows;
+          continue;
         }
+        flat_ = rows == 0;  // large logits have company: no more attempts in these rows
       }
       GFL_EACH_GROUP groups[u] = this->make_group(g, g + u * kN, active, active < n);
       load_logits(r, groups);

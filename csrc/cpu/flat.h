@@ -3,8 +3,7 @@
 // Logits that are small enough need no shift by their row's maximum, p_k = exp(z_k) / sum, so the
 // rows need not be turned into lanes either: exponentials go along the array, and what is left of a
 // row is its sum and a look at two of its elements. The loss is -wl log p_l - wr log p_r, as exact
-// as with the shift. Not with AVX-512, where by count of instructions it would gain nothing:
-// turning packed rows takes two operations less there.
+// as with the shift.
 //
 // As all of the CPU kernels with internal linkage and without std.
 #pragma once
@@ -17,7 +16,6 @@
 namespace gfl {
 namespace {
 
-constexpr bool kFlat = kVectorBytes < 64;
 constexpr int64_t kLeastFlatBins = 8, kFlatBins = 64;
 constexpr int kSmall = 40;    // kFlatBins exp(2 kSmall) is a float
 constexpr int kAhead = 4096;  // bytes: hardware prefetchers stop at every page
@@ -75,13 +73,36 @@ __attribute__((always_inline)) inline V flat_sums(Bins<K> bins, const F& f) {
   V part[lanes];
 #pragma GCC unroll 16
   for (int i = 0; i < lanes; ++i) {
-    part[i] = f(i, 0);
+    part[i] = n < lanes ? first_lanes(f(i, 0), static_cast<int>(n)) : f(i, 0);
     int64_t k = lanes;
 #pragma GCC unroll 16
     for (; k + lanes <= n; k += lanes) part[i] = part[i] + f(i, k);
     if (k < n) part[i] = part[i] + first_lanes(f(i, k), static_cast<int>(n - k));
   }
   return sum_each(part);
+}
+
+// f(i, each) for the elements from i on that are a vector, of as many rows as a vector has lanes:
+// rows of K bins are K whole vectors. each(by_row): what their rows have in by_row.
+template <typename V, int K, int vector = 0, typename F>
+__attribute__((always_inline)) inline void each_vector(const F& f) {
+  if constexpr (vector < K) {
+    constexpr int first = vector * kLanes<scalar_t<V>>;
+    f(first, [](V by_row) __attribute__((always_inline)) {
+      return shuffle(by_row, by_row, [](int l) { return (first + l) / K; });
+    });
+    each_vector<V, K, vector + 1>(f);
+  }
+}
+
+// The bins' values, `times` times one after the other, with a vector's room behind.
+template <typename A>
+A* repeat_values(Scratch* scratch, const Operand& values, int64_t bins, int64_t times) {
+  A* const y = scratch->take<A>(times * bins + kLanes<A>);
+  for (int64_t t = 0; t < times; ++t) {
+    for (int64_t k = 0; k < bins; ++k) y[t * bins + k] = reinterpret_cast<const A*>(values.data)[k];
+  }
+  return y;
 }
 
 // sum_k exp(z_k) and sum_k y_k exp(z_k) of as many rows as a vector has lanes, out of their

@@ -35,6 +35,14 @@ template <typename S>
 S to_number(S v) {
   return v;
 }
+template <typename T>
+void convert_run(const T* from, int64_t stride, int64_t n, T* to) {
+  if (stride == 1) {
+    std::memcpy(to, from, n * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i * stride];
+  }
+}
 template <typename To, typename From>
 void convert_run(const From* from, int64_t stride, int64_t n, To* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(to_number(from[i * stride]));

@@ -295,6 +295,14 @@ GFL_INLINE void store_raw(void* p, V value) {
   static_cast<Unaligned<V>*>(p)->value = value;
 }
 
+// Two neighbours in memory.
+template <typename A>
+struct TwoOf {
+  typedef A type __attribute__((vector_size(2 * sizeof(A))));
+};
+template <typename A>
+using Two = typename TwoOf<A>::type;
+
 GFL_INLINE F32 widen(U16 bits, bfloat16) { return (F32)(__builtin_convertvector(bits, U32) << 16); }
 GFL_INLINE U16 narrow(F32 value, bfloat16) {
   const U32 bits = (U32)value;
@@ -418,6 +426,21 @@ GFL_INLINE V shuffle(V a, V b, const F& pick) {
   typename VectorTraits<V>::integer index;
   for (int l = 0; l < lanes; ++l) index[l] = pick(l);
   return __builtin_shuffle(a, b, index);
+}
+
+// a0, b0, a1, b1, ... in two vectors, and back.
+template <typename V>
+GFL_INLINE void zip(V& a, V& b) {
+  constexpr int lanes = sizeof(V) / sizeof(scalar_t<V>);
+  const V low = shuffle(a, b, [](int l) { return l / 2 + l % 2 * lanes; });
+  b = shuffle(a, b, [](int l) { return lanes / 2 + l / 2 + l % 2 * lanes; });
+  a = low;
+}
+template <typename V>
+GFL_INLINE void unzip(V& a, V& b) {
+  const V even = shuffle(a, b, [](int l) { return 2 * l; });
+  b = shuffle(a, b, [](int l) { return 2 * l + 1; });
+  a = even;
 }
 
 // Blocks of `size` lanes: the even ones of a and b interleaved, or the odd ones (unpack within 128
