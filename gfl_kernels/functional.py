@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -567,8 +567,7 @@ def localization_distillation_loss(
             bin_dim=bin_dim,
         )
     return _run(
-        ops.apply_distillation,
-        torch.ops.gfl_kernels.distillation_forward,
+        "distillation",
         (_last(pred, bin_dim), _last(teacher, bin_dim), weight),
         (float(temperature),),
         reduction,
@@ -737,8 +736,7 @@ def _quality_family(
         pred, weight = _last(pred, class_dim), _last(weight, class_dim) if full else weight
         target = _last(target, class_dim) if score is None else target
     return _run(
-        ops.apply_quality_focal,
-        torch.ops.gfl_kernels.quality_forward,
+        "quality",
         (pred, target, score, weight),
         (form, flags, float(alpha), float(beta)),
         reduction,
@@ -805,8 +803,7 @@ def _distribution_focal_loss(
         return loss if loss_weight == 1 else loss * loss_weight
     pred = _last(pred, bin_dim)
     return _run(
-        ops.apply_distribution_focal,
-        torch.ops.gfl_kernels.distribution_forward,
+        "distribution",
         (pred, target, weight_left, weight_right, weight),
         (),
         reduction,
@@ -885,8 +882,7 @@ def _rows(pred: Tensor, dim: int) -> torch.Size:
 
 
 def _run(
-    apply: Callable[..., Any],
-    op: Callable[..., Any],
+    family: str,
     tensors: tuple[Any, ...],
     constants: tuple[Any, ...],
     reduction: str,
@@ -894,8 +890,8 @@ def _run(
     loss_weight: float,
     backend: str,
 ) -> Tensor:
-    """Run a fused loss: apply of its autograd Function, or the op itself where torch.compile
-    records one.
+    """Run a fused loss: its autograd Function, or the op ``{family}_forward`` itself where
+    torch.compile records one.
 
     tensors and constants are the op's arguments before and after avg_factor; scale and the rest are
     made here.
@@ -927,10 +923,11 @@ def _run(
         and pred.requires_grad
         and torch.is_grad_enabled()
     )
+    inputs = (*tensors, avg_factor, *constants, scale, code, write_grad)
     if compiling:
-        loss = op(*tensors, avg_factor, *constants, scale, code, write_grad)[0]
+        loss = getattr(torch.ops.gfl_kernels, f"{family}_forward")(*inputs)[0]
     else:
-        loss = apply(backend, *tensors, avg_factor, *constants, scale, code, write_grad)
+        loss = ops.apply_loss[family](backend, pred, inputs)
     return loss if avg_factor is None or avg_factor.dim() == 0 else loss.view(1)
 
 
