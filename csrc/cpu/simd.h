@@ -264,7 +264,6 @@ GFL_WIDE_FUNCTION(negative_abs)
 GFL_WIDE_FUNCTION(shift_exponent)
 GFL_WIDE_FUNCTION(reciprocal)
 GFL_WIDE_FUNCTION(square_root)
-#undef GFL_WIDE_FUNCTION
 
 template <typename V, int n>
 GFL_INLINE Wide<V, n> maximum(const Wide<V, n>& a, const Wide<V, n>& b) {
@@ -278,6 +277,19 @@ GFL_INLINE Wide<V, n> split_mantissa(const Wide<V, n>& v, Wide<V, n>* exponent) 
   GFL_WIDE(r[u] = split_mantissa(v[u], &(*exponent)[u]);)
   return r;
 }
+
+#if defined(__AVX512F__)
+// 2^(n / 16) for t = n + 1.5 * 2^23: what n mod 16 makes of it lies in a register.
+GFL_INLINE F32 power_of_sixteenths(F32 t) {
+  const F32 roots = {1.0f,          1.0442737824f, 1.0905077327f, 1.1387886348f,
+                     1.1892071150f, 1.2418578121f, 1.2968395547f, 1.3542555469f,
+                     1.4142135624f, 1.4768261459f, 1.5422108254f, 1.6104903319f,
+                     1.6817928305f, 1.7562521604f, 1.8340080864f, 1.9152065614f};
+  return (F32)((I32)__builtin_shuffle(roots, (I32)t) + (((I32)t & ~15) << 19));
+}
+GFL_WIDE_FUNCTION(power_of_sixteenths)
+#endif
+#undef GFL_WIDE_FUNCTION
 
 // Loads and stores: S in memory, a vector of A in registers
 
@@ -647,4 +659,32 @@ class FlushDenormals {
 };
 
 }  // namespace
+
+#if defined(__AVX512F__)
+// Beside math.h's own, not in the namespace of this file's, whose names would hide them.
+
+// math.h's exponential with a polynomial of degree 3 in place of 6, for a table of 16 fits a
+// vector: 7 multiplications for 10, of which a Zen 4 starts one a cycle. Max relative
+// error: 1.2e-7.
+template <bool kBounded, typename T>
+GFL_INLINE T exponential_by_table(T x) {
+  const T t = x * (16 * 1.44269504f) + 12582912.0f;
+  const T n = t - 12582912.0f;
+  T r = x - n * (0.693359375f / 16);
+  r = r - n * (-2.12194440e-4f / 16);
+  const T p = (r * (1 / 6.0f) + 0.5f) * r + 1.0f;
+  const T power = power_of_sixteenths(t);
+  const T e = power * (p * r) + power;
+  return kBounded ? e : select(x < -87.33f, broadcast<T>(0.0f), e);
+}
+template <bool kBounded = false>
+GFL_INLINE F32 exponential(F32 x) {
+  return exponential_by_table<kBounded>(x);
+}
+template <bool kBounded = false, int n>
+GFL_INLINE Wide<F32, n> exponential(Wide<F32, n> x) {
+  return exponential_by_table<kBounded>(x);
+}
+#endif
+
 }  // namespace gfl
