@@ -49,6 +49,7 @@ struct DistributionProblem {
   int32_t window;  // bins beside the highest one that an expectation is over; -1: all
   int32_t topk;
   bool add_mean;
+  bool big_grad;  // more than the caches will keep
 };
 
 // One level of a head. Of an operand with a value per anchor, row[0] steps along images and row[1]

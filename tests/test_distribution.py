@@ -160,6 +160,44 @@ def test_no_worse_than_eager_on_large_inputs(fused, dtype, bins):
     check_op("integral", pred, scale=bins, what=f"K={bins}")
 
 
+@pytest.mark.parametrize("bins", [8, 16, 17, 33, 20])
+def test_gradients_written_past_the_caches(native, bins):
+    """From 8 MiB on the CPU kernels stream gradients of moderate logits: the same bits as those of
+    a part, which are not streamed."""
+    rows = (8 << 20) // (4 * bins) + 67
+    pred = logits(rows, bins, extremes=False)
+    weight, upstream = row_weight((rows,)), random_upstream(torch.empty(rows))
+    calls = (
+        (distribution_focal_loss, lambda part: (bin_target((rows,), bins)[part],), True),
+        (integral, lambda part: (), False),
+    )
+    with gfl_kernels.use_backend("cpu"):
+        for function, args, weighted in calls:
+
+            def both(part, function=function, args=args, weighted=weighted):
+                options = {"reduction": "none", "weight": weight[part]} if weighted else {}
+                return evaluate(function, pred[part], upstream[part], args(part), options)
+
+            value, grad = both(slice(None))
+            for first in (0, 64 * 300, rows // 64 * 64 - 192):
+                part = slice(first, min(first + 256, rows))
+                value_of_part, grad_of_part = both(part)
+                assert torch.equal(value[part], value_of_part)
+                assert torch.equal(grad[part], grad_of_part)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("bins", [8, 17, 20])
+def test_explicit_weights_that_cancel(backend, dtype, bins):
+    """With wl = -wr the softmax has no part in the gradient; with both 0 nothing has."""
+    pred = logits(70, bins, dtype=dtype, device=backend.device, extremes=False)
+    left, weight_left, _ = explicit_target((70,), bins, device=backend.device)
+    weight_left[::7] = 0
+    target = left, weight_left, -weight_left
+    _, grad = check_op("distribution", pred, target, reduction="none", what="weights that cancel")
+    assert not grad[::7].any()
+
+
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("bins", BINS)
 @pytest.mark.parametrize("positions", ["default", "arbitrary", "half", "int"])

@@ -31,6 +31,11 @@ constexpr int64_t kBlock = 16 * kTile;
 // Elements that are worth a thread: below twice that the call stays on one.
 constexpr int64_t kGrain = 50000;
 
+// Bytes of a gradient from which on it is written past the caches, which would not keep it until it
+// is read: a write that goes through them first reads what it overwrites. As in glibc's memcpy,
+// whose bound is a core's share of the last cache.
+constexpr int64_t kStreamed = int64_t{8} << 20;
+
 double scale_of(double scale, const gfl_view* avg_factor) {
   if (!avg_factor) return scale;
   int64_t count = 1;
@@ -136,6 +141,15 @@ double run_blocks(double (*kernel)(const P&, int64_t, int64_t, void*), const P& 
   return total;
 }
 
+double run_distribution(DistributionProblem d) {
+  int64_t logits = d.bins;
+  for (int dim = 0; dim < d.ndim; ++dim) logits *= d.size[dim];
+  d.big_grad = d.grad.data && logits * element_bytes(d.grad.dtype) >= kStreamed;
+  using D = DistributionProblem;
+  return run_blocks(table().distribution, d, d.bins, &D::pred, &D::target, &D::weight_left,
+                    &D::weight_right, &D::weight, &D::grad_loss, &D::loss, &D::grad);
+}
+
 // The bins' values, packed and in the type the kernels compute in; lives as long as they are read.
 class BinValues {
  public:
@@ -166,8 +180,7 @@ class BinValues {
 void run_summary(DistributionProblem d, const gfl_view* bins) {
   BinValues values(bins, d.bins, d.pred.dtype == GFL_FLOAT64);
   d.values.data = values.data();
-  using D = DistributionProblem;
-  run_blocks(table().distribution, d, d.bins, &D::pred, &D::grad_loss, &D::loss, &D::grad);
+  run_distribution(d);
 }
 
 void write_scalar(const gfl_view* view, double value) {
@@ -219,10 +232,7 @@ extern "C" int gfl_distribution_cpu(const gfl_distribution_args* args) {
   return guarded([&] {
     DistributionProblem d = describe("gfl_distribution_cpu", *args);
     d.scale = scale_of(args->scale, args->avg_factor);
-    using D = DistributionProblem;
-    const double sum =
-        run_blocks(table().distribution, d, d.bins, &D::pred, &D::target, &D::weight_left,
-                   &D::weight_right, &D::weight, &D::grad_loss, &D::loss, &D::grad);
+    const double sum = run_distribution(d);
     if (args->loss && args->loss->ndim == 0) write_scalar(args->loss, sum * d.scale);
   });
 }

@@ -316,10 +316,10 @@ class Bundle {
   template <int K>
   __attribute__((noinline)) V flat_loss(Bins<K> bins, int64_t r, int first, int n, A* grad) {
     using I = typename VectorTraits<V>::integer;
-    // Of the left one of a row's two bins, its place; what is read there, and then what is
-    // subtracted from the gradient.
+    // Of the left one of a row's two bins, its place; the exponentials of the two, and then what is
+    // subtracted from them.
     decltype(I{}[0] + 0) at[kFlatRows];
-    A pairs[2 * kFlatRows];
+    A pairs[2 * kFlatRows], shares[kFlatRows];
     I starts;
     for (int l = 0; l < kN; ++l) starts[l] = static_cast<int>(l * bins);
     const A last = static_cast<A>(bins - 1);
@@ -352,22 +352,30 @@ class Bundle {
       if (p_.loss.data) write_lanes(r + first + g, loss * scale);
       total = total + loss;
       if (grad) {
-        const V factor = w * scale, share = (wl + wr) * (inverse * factor);
-        left = wl * factor;
-        right = wr * factor;
+        // The gradient is share (e_k - wl part [k = l] - wr part [k = r]), so what is written needs
+        // no second look. Of weights that cancel a little is left, far below a rounding.
+        V both = wl + wr;
+        both = select(both == A(0), wl * A(sizeof(A) == 8 ? 0x1p-60 : 0x1p-30), both);
+        const V part = select(both == A(0), V{}, sum / both);
+        store(shares + g, both * (inverse * (w * scale)));
+        left = wl * part;
+        right = wr * part;
         zip(left, right);
         store(pair, left);
         store(pair + kN, right);
-        flat_grads(bins, grad, g, n,
-                   [&](V e, int64_t, const auto& each)
-                       __attribute__((always_inline)) { return e * each(share); });
       }
     }
     if (grad) {
 #pragma GCC unroll 4
       for (int i = 0; i < n; ++i) {
-        A* const two = grad + at[i];
+        A* const two = e_ + at[i];
         store_raw(two, load_raw<Two<A>>(two) - load_raw<Two<A>>(pairs + 2 * i));
+      }
+      for (int g = 0; g < n; g += kN) {
+        const V share = load(shares + g);
+        flat_grads(bins, grad, g, n,
+                   [&](V e, int64_t, const auto& each)
+                       __attribute__((always_inline)) { return e * each(share); });
       }
     }
     return total;
@@ -397,9 +405,16 @@ class Bundle {
     const A* const from = e_ + g * bins;
     A* const to = grad + g * bins;
     if constexpr (K > 0) {
-      each_vector<V, K>([&](int i, const auto& each) __attribute__((always_inline)) {
-        store(to + i, f(load(from + i), i, each));
-      });
+      const auto whole = [&](const auto& put) __attribute__((always_inline)) {
+        each_vector<V, K>([&](int i, const auto& each) __attribute__((always_inline)) {
+          put(to + i, f(load(from + i), i, each));
+        });
+      };
+      if (streams_) {
+        whole([](A* p, V v) __attribute__((always_inline)) { stream(p, v); });
+      } else {
+        whole([](A* p, V v) __attribute__((always_inline)) { store(p, v); });
+      }
     } else {
       // Row by row: the last vector of a row spills into the next, which comes after. Behind the
       // last row there is room in g_ alone.
@@ -490,6 +505,7 @@ class Bundle {
   const DistributionProblem& p_;
   const int inner_;
   const int64_t bins_;
+  bool streams_ = false;  // gradients of rows without gaps go past the caches
   // Exponentials, gradients and the bins' values, these once for every lane if there are gradients,
   // with a vector's room behind.
   A *e_ = nullptr, *g_ = nullptr, *y_ = nullptr;
@@ -508,7 +524,7 @@ class Distribution : Bundle<Accumulator<S>> {
   using Group = typename Base::Group;
   using Base::at, Base::is_integral;
   using Base::bins_, Base::e_, Base::g_, Base::index_, Base::inner_, Base::more_, Base::p_,
-      Base::weight_, Base::y_, Base::z_;
+      Base::streams_, Base::weight_, Base::y_, Base::z_;
   using Base::kFlatRows, Base::kGroups, Base::kN, Base::kRows;
 
  public:
@@ -522,7 +538,11 @@ class Distribution : Bundle<Accumulator<S>> {
       return;
     }
     e_ = scratch.take<A>(kFlatRows * bins_ + kN);
-    if constexpr (sizeof(S) != sizeof(A)) g_ = scratch.take<A>(kFlatRows * bins_ + kN);
+    if constexpr (sizeof(S) != sizeof(A)) {
+      g_ = scratch.take<A>(kFlatRows * bins_ + kN);
+    } else {
+      streams_ = p_.big_grad && reinterpret_cast<uintptr_t>(p_.grad.data) % kVectorBytes == 0;
+    }
     if (is_integral()) {
       y_ = repeat_values<A>(&scratch, p_.values, bins_, p_.grad.data ? kN : 1);
     }
@@ -533,6 +553,7 @@ class Distribution : Bundle<Accumulator<S>> {
     for (int64_t r = begin; r < begin + count; r += kRows) {
       total += block(r, smaller(kRows, begin + count - r));
     }
+    if (streams_) flush_stream();
     return total;
   }
 
@@ -556,7 +577,7 @@ class Distribution : Bundle<Accumulator<S>> {
       if (flat_ && active == n && g % kFlatRows == 0) {
         const int rows = smaller(kFlatRows, (n - g) / kN * kN);
         const S* const z = logits(r + g);
-        const S* const also = p_.grad.data ? grads(r + g) : z;
+        const S* const also = p_.grad.data && !streams_ ? grads(r + g) : z;
         if (rows > 0 && exponentials(z, also, rows * bins_, e_)) {
           total = total + flat(r, g, rows);
           step = rows;

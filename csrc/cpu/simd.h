@@ -376,6 +376,26 @@ GFL_INLINE void store(H* p, F32 v) {
   store_raw(p, narrow(v, H{}));
 }
 
+// A full vector, past the caches; p is aligned to it. Ends with flush_stream().
+template <typename A>
+GFL_INLINE void stream(A* p, Vector<A> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(reinterpret_cast<float*>(p), (__m128)v);
+#else
+  store(p, v);
+#endif
+}
+// What has been streamed comes before what is stored from now on.
+GFL_INLINE void flush_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // The first n entries; the other lanes are 0 and touch no memory.
 template <typename S>
 GFL_INLINE auto load_first(const S* p, int n) {
