@@ -217,7 +217,7 @@ CASES = (
     Case("decode", "scored", (SIDES, 17), "bfloat16", passes=(FORWARD,)),
 )
 
-# Instruction sets are compared on these, denormals on the QFL ones, forward + backward.
+# Instruction sets and denormals are compared on these, forward + backward.
 ISA_CASES = (QFL_SPARSE, QFL_DENSE, DFL_LARGE, DFL_SMALL, INTEGRAL)
 ISA_QUICK = (QFL_SPARSE, DFL_LARGE)
 DENORMAL_CASES = (QFL_SPARSE, QFL_DENSE, DFL_LARGE)

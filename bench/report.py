@@ -13,7 +13,6 @@ from rich.table import Table
 
 from bench.cases import (
     BACKWARD,
-    DENORMAL_CASES,
     FORWARD,
     REQUIREMENTS,
     STEP,
@@ -163,11 +162,10 @@ def _isa_share(rows: list[Row], _: Requirement):
 
 
 def _denormal_cost(rows: list[Row], _: Requirement):
-    quality = {case.name for case in DENORMAL_CASES if case.op == "qfl"}
     costs = [
         (1 / row["over_ordinary_p50"], f"{row['contestant']}, {row['case']}")
         for row in rows
-        if row["kind"] == DENORMAL and row["case"] in quality and row["contestant"] != ORDINARY
+        if row["kind"] == DENORMAL and row["contestant"] != ORDINARY
     ]
     return _worst(costs, largest=True)
 

@@ -682,3 +682,15 @@ def test_denormal_probabilities(backend, fill):
     check_op("distribution", pred, target, reduction="none", what=f"fill {fill}")
     check_op("integral", pred, scale=17, what=f"fill {fill}")
     assert float(torch.tensor([1e-40]) * 0.5) > 0
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("bins", [8, 17, 20])
+@pytest.mark.parametrize("offset", [-95.0, 60.0, 3e4])
+def test_logits_far_from_zero(fused, dtype, bins, offset):
+    """An offset of all logits changes nothing, in blocks that follow ordinary ones too."""
+    near = logits(300, bins, device=fused.device, extremes=False)
+    pred = torch.cat((near, near + offset, near)).to(dtype)
+    target = bin_target((900,), bins, device=fused.device)
+    check_op("distribution", pred, target, reduction="none", what=f"offset {offset}")
+    check_op("integral", pred, scale=bins, what=f"offset {offset}")

@@ -83,7 +83,7 @@ class Decode {
   bool flat_distances(int64_t r, int lanes, V* distance) {
     if (!flat_ || lanes < kN) return false;
     const S* const z = reinterpret_cast<const S*>(p_.pred.data) + at(p_.pred, r);
-    flat_ = exponentials(z, z, 4 * kN * p_.bins, e_);  // large logits have company
+    flat_ = exponentials(z, z, 4 * kN * p_.bins, &shift_, e_);  // wide spreads have company
     if (!flat_) return false;
     A by_row[4 * kN];
     with_bins(p_.bins, [&](auto bins) {
@@ -189,7 +189,8 @@ class Decode {
   const int inner_;
   Vs* z_;  // [bins] logits, then exponentials
   bool flat_;
-  A *e_, *y_;  // exponentials of kN rows and the bins' values, with a vector's room behind
+  A shift_ = 0;  // of the exponentials
+  A *e_, *y_;    // exponentials of kN rows and the bins' values, with a vector's room behind
   A point_[2][kRows], limit_[2][kRows], stride_[kRows];
 };
 

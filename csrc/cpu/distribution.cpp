@@ -578,12 +578,12 @@ class Distribution : Bundle<Accumulator<S>> {
         const int rows = smaller(kFlatRows, (n - g) / kN * kN);
         const S* const z = logits(r + g);
         const S* const also = p_.grad.data && !streams_ ? grads(r + g) : z;
-        if (rows > 0 && exponentials(z, also, rows * bins_, e_)) {
+        if (rows > 0 && exponentials(z, also, rows * bins_, &shift_, e_)) {
           total = total + flat(r, g, rows);
           step = rows;
           continue;
         }
-        flat_ = rows == 0;  // large logits have company: no more attempts in these rows
+        flat_ = rows == 0;  // wide spreads have company: no more attempts in these rows
       }
       GFL_EACH_GROUP groups[u] = this->make_group(g, g + u * kN, active, active < n);
       load_logits(r, groups);
@@ -734,6 +734,7 @@ class Distribution : Bundle<Accumulator<S>> {
   }
 
   bool flat_;
+  A shift_ = 0;  // of the exponentials of rows without gaps
 };
 
 }  // namespace

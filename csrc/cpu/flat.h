@@ -1,9 +1,9 @@
 // Rows of bins without gaps between them, as one array.
 //
-// Logits that are small enough need no shift by their row's maximum, p_k = exp(z_k) / sum, so the
-// rows need not be turned into lanes either: exponentials go along the array, and what is left of a
-// row is its sum and a look at two of its elements. The loss is -wl log p_l - wr log p_r, as exact
-// as with the shift.
+// Logits that are near enough to each other need no shift by their row's maximum, p_k = exp(z_k) /
+// sum, so the rows need not be turned into lanes either: exponentials go along the array, and what
+// is left of a row is its sum and a look at two of its elements. The loss is -wl log p_l - wr log
+// p_r, as exact as with the shift.
 //
 // As all of the CPU kernels with internal linkage and without std.
 #pragma once
@@ -22,15 +22,17 @@ constexpr int kAhead = 4096;  // bytes: hardware prefetchers stop at every page
 
 constexpr bool has_flat_bins(int64_t bins) { return bins >= kLeastFlatBins && bins <= kFlatBins; }
 
-// e = exp(z) of n logits, if all are small enough; a vector's room behind both. `also` is what the
-// caller will write as far into.
-template <typename S>
-bool exponentials(const S* z, const S* also, int64_t n, Accumulator<S>* e) {
+// e = exp(z - shift) of n logits, if all are near enough to it; a vector's room behind both. `also`
+// is what the caller will write as far into.
+template <bool kShifted, typename S>
+bool exponentials_near(const S* z, const S* also, int64_t n, Accumulator<S> shift,
+                       Accumulator<S>* e) {
   using A = Accumulator<S>;
   Vector<A> square{};
 #pragma GCC unroll 4
   for (int64_t i = 0; i < n; i += kLanes<A>) {
-    const Vector<A> x = load(z + i);
+    Vector<A> x = load(z + i);
+    if constexpr (kShifted) x = x - shift;
     __builtin_prefetch(reinterpret_cast<const char*>(z + i) + kAhead, 0);
     __builtin_prefetch(reinterpret_cast<const char*>(also + i) + kAhead, 1);
     square = maximum(x * x, square);
@@ -40,6 +42,31 @@ bool exponentials(const S* z, const S* also, int64_t n, Accumulator<S>* e) {
     if (square[i] > A(kSmall * kSmall)) return false;
   }
   return true;
+}
+
+// The same with the shift of the logits before these or, where it does not fit them, their middle.
+// False if they are too far apart for any.
+template <typename S>
+bool exponentials(const S* z, const S* also, int64_t n, Accumulator<S>* shift, Accumulator<S>* e) {
+  using A = Accumulator<S>;
+  if (*shift == 0 ? exponentials_near<false>(z, also, n, A(0), e)
+                  : exponentials_near<true>(z, also, n, *shift, e)) {
+    return true;
+  }
+  Vector<A> high = load(z), low = -high;
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
+    const Vector<A> x = load(z + i);
+    high = maximum(x, high);
+    low = maximum(-x, low);
+  }
+  A most = high[0], least = -low[0];
+  for (int i = 1; i < kLanes<A>; ++i) {
+    most = high[i] > most ? high[i] : most;
+    least = -low[i] < least ? -low[i] : least;
+  }
+  if (!(most - least < A(2 * kSmall))) return false;
+  *shift = (most + least) / 2;
+  return exponentials_near<true>(z, also, n, *shift, e);
 }
 
 // A number of bins that is known to the compiler, or any for K = 0.
