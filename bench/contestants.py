@@ -68,7 +68,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, constant: float | None = None, device: str = "cpu") -> Inputs:
-    """Seeded inputs. constant: logits of one value instead (DFL: all bins that far below one)."""
+    """Seeded inputs. constant: logits of one value instead."""
     random = torch.Generator().manual_seed(SEED)
     dtype = getattr(torch, case.dtype)
     n, c = case.rows, case.width
@@ -81,10 +81,7 @@ def make_inputs(case: Case, constant: float | None = None, device: str = "cpu") 
     }
     inputs = maker.get(case.op, _quality_inputs)(case, n, c, dtype, random)
     if constant is not None:
-        logits = torch.full_like(inputs.logits, constant, requires_grad=False)
-        if case.op == "dfl" or case.op in SUMMARIES:
-            logits[:, c // 4] = 0.0
-        inputs = replace(inputs, logits=logits)
+        inputs = replace(inputs, logits=torch.full_like(inputs.logits, constant))
     inputs = _moved(inputs, device)
     inputs.logits = inputs.logits.detach().requires_grad_()
     if not case.weighted:

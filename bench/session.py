@@ -111,7 +111,8 @@ class Run:
         return measure.interleave(blocks, self.options.rounds)
 
     def denormals(self, case: Case):
-        """Ours on logits whose loss and gradient are below the smallest normal number."""
+        """Ours on logits of one value, those of QFL with losses and gradients below the smallest
+        normal number."""
         watch = measure.Stopwatch()
         statements = {}
         for value in (None, *cases.DENORMAL_LOGITS):
