@@ -173,7 +173,7 @@ def test_integral_of_given_bins(compiled_once):
     check_op("integral", logits(50, 8), bins=torch.linspace(-3, 9, 8), scale=9.0)
 
 
-def test_statistics(compiled):
+def test_statistics(compiled_once):
     check_op("statistics", logits(131, 17))
 
 
@@ -189,14 +189,14 @@ def test_statistics_bins(compiled_once, bins, topk):
     check_op("statistics", x, topk=topk)
 
 
-def test_moments(compiled):
+def test_moments(compiled_once):
     x = logits(131, 17)
     x[3, 1:] = -float("inf")
     check_op("moments", x, scale=17)
     check_op("moments", x[:50, :8], bins=torch.linspace(-3, 9, 8), scale=9.0)
 
 
-def test_peak(compiled):
+def test_peak(compiled_once):
     for rows, bins, dtype in ((131, 17, torch.float32), (50, 80, torch.float16)):
         x = logits(rows, bins, dtype=dtype)
         x[5] = 2.0  # a tie

@@ -15,7 +15,16 @@ pytest.importorskip("rich", reason="the benchmark prints with rich (extra: bench
 pytest.importorskip("matplotlib", reason="the benchmark draws with matplotlib (extra: bench)")
 pytest.importorskip("bench", reason="bench is found from the repository root: python -m pytest")
 
-from bench import cases, contestants, head, measure, report, run, session  # noqa: E402
+from bench import (  # noqa: E402
+    cases,
+    contestants,
+    head,
+    measure,
+    overhead,
+    report,
+    run,
+    session,
+)
 from bench.cases import BACKWARD, FORWARD, PASSES, STEP, WORK, Case  # noqa: E402
 
 SMALL = {
@@ -265,3 +274,24 @@ def test_heads_are_compared_before_they_are_timed(channels_last):
     table["wrong"] = lambda *leaves: table["eager"](*leaves) * 1.001
     with pytest.raises(measure.WrongResult, match="wrong: result 0 is off by"):
         head.check(inputs, table)
+
+
+@pytest.mark.parametrize("name", overhead.SMALL)
+def test_parts_of_a_small_call_are_parts_of_it(native, name):
+    """The op alone gets what the public function gives it, and all steps leave a gradient."""
+    (case,) = (case for case in cases.CASES if case.name == name)
+    parts = overhead.parts(case)
+    loss, gradient = parts.pop("the op alone, with its gradient")()
+    inputs = contestants.make_inputs(case)
+    expected = contestants.ours(case, inputs)(inputs.logits)
+    expected.backward()
+    assert torch.equal(loss, expected.detach()) and torch.equal(gradient, inputs.logits.grad)
+    assert len(parts) == 3
+    for part in parts.values():
+        part()
+
+
+def test_overhead_is_printed(native, capsys):
+    overhead.main(["--rounds", "1", "--seconds", "0.001"])
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"[1-9][0-9.]* us", printed)) == 8

@@ -285,7 +285,7 @@ GFL_INLINE F32 power_of_sixteenths(F32 t) {
                      1.1892071150f, 1.2418578121f, 1.2968395547f, 1.3542555469f,
                      1.4142135624f, 1.4768261459f, 1.5422108254f, 1.6104903319f,
                      1.6817928305f, 1.7562521604f, 1.8340080864f, 1.9152065614f};
-  return (F32)((I32)__builtin_shuffle(roots, (I32)t) + (((I32)t & ~15) << 19));
+  return (F32)((U32)__builtin_shuffle(roots, (I32)t) + (((U32)t & ~15u) << 19));
 }
 GFL_WIDE_FUNCTION(power_of_sixteenths)
 #endif

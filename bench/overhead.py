@@ -1,0 +1,86 @@
+"""``python -m bench.overhead``: what a call on small logits consists of.
+
+Microseconds of a step, forward + backward, of the least that autograd takes, of an empty Function,
+of the op alone and of the public function; on the shapes of make bench that are small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+
+import torch
+from torch import Tensor
+
+from bench import contestants, machine
+from bench.cases import CASES, Case
+from bench.measure import Stopwatch, block, interleave
+from gfl_kernels import dispatch
+
+SMALL = ("qfl sparse 64x80 float32 plain", "dfl 2400x17 float32")
+
+
+class Empty(torch.autograd.Function):
+    """What no loss that is a Function can do without."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.new_empty(())
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return torch.empty_like(x)
+
+
+def parts(case: Case) -> dict:
+    """name -> a call, each the whole or a part of the last one."""
+    inputs = contestants.make_inputs(case)
+    x, ours = inputs.logits, contestants.ours(case, inputs)
+    family = "quality" if case.op == "qfl" else "distribution"
+    forward = dispatch.implementation("cpu", f"{family}_forward")
+    taken = _arguments(ours(x))
+
+    def step(function):
+        def run():
+            x.grad = None
+            function(x).backward()
+
+        return run
+
+    return {
+        "x.sum(), a step": step(Tensor.sum),
+        "an empty Function, a step": step(Empty.apply),
+        "the op alone, with its gradient": lambda: forward(*taken),
+        "gfl_kernels, a step": step(ours),
+    }
+
+
+def _arguments(loss: Tensor) -> list:
+    """What the op was called with, as its Function keeps it."""
+    *tensors, _ = loss.grad_fn.saved_tensors
+    return [tensors[0].detach(), *tensors[1:], *loss.grad_fn.constants, True]
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=0.2, help="of a part and round")
+    options = parser.parse_args(arguments)
+    watch, threads = Stopwatch(), torch.get_num_threads()
+    for case in CASES:
+        if case.name not in SMALL:
+            continue
+        blocks = {
+            name: block(call, watch, threads, options.seconds) for name, call in parts(case).items()
+        }
+        print(case.name)
+        for name, samples in interleave(blocks, options.rounds).items():
+            print(f"  {name:<34}{statistics.median(samples.seconds) * 1e6:8.1f} us")
+
+
+if __name__ == "__main__":
+    machine.fix_allocator("bench.overhead", sys.argv[1:])
+    main(sys.argv[1:])
