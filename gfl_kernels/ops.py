@@ -261,52 +261,32 @@ def _gradient(ctx, grad_loss: Tensor, name: str, backend: str | None) -> Tensor:
     return op(grad_loss, *tensors, *ctx.constants)
 
 
-def _loss(ctx, backend: str, name: str, tensors: int, inputs: tuple[Any, ...]) -> Tensor:
-    """Forward of the Functions below; name: the forward op, inputs: what it takes."""
-    loss, grad = dispatch.implementation(backend, name)(*inputs)
-    _save(ctx, tensors, inputs, grad)
-    ctx.backend = backend
-    return loss
+# The families of losses: the name of their Function, which users see as grad_fn, and how many
+# tensors their ops begin with.
+_LOSSES = {
+    "quality": ("QualityFocal", 5),
+    "distribution": ("DistributionFocal", 6),
+    "distillation": ("Distillation", 4),
+}
 
 
-# Each takes a backend, pred, and all that the op takes, pred included, as one tuple: an argument of
-# its own costs a Function a quarter of a microsecond.
+def _loss_function(family: str) -> Any:
+    """The Function of ``gfl_kernels::{family}_forward``. It takes a backend, pred, and all that the
+    op takes, pred included, as one tuple: an argument of its own costs a quarter of a microsecond.
+    """
+    name, tensors = _LOSSES[family]
 
-
-class QualityFocal(torch.autograd.Function):
-    """The quality family, ``gfl_kernels::quality_forward``."""
-
-    @staticmethod
     def forward(ctx, backend, pred, inputs):
-        return _loss(ctx, backend, "quality_forward", 5, inputs)
+        loss, grad = dispatch.implementation(backend, f"{family}_forward")(*inputs)
+        _save(ctx, tensors, inputs, grad)
+        ctx.backend = backend
+        return loss
 
-    @staticmethod
     def backward(ctx, grad_loss):
-        return None, _gradient(ctx, grad_loss, "quality_backward", ctx.backend), None
+        return None, _gradient(ctx, grad_loss, f"{family}_backward", ctx.backend), None
 
-
-class DistributionFocal(torch.autograd.Function):
-    """Distribution Focal Loss, ``gfl_kernels::distribution_forward``."""
-
-    @staticmethod
-    def forward(ctx, backend, pred, inputs):
-        return _loss(ctx, backend, "distribution_forward", 6, inputs)
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        return None, _gradient(ctx, grad_loss, "distribution_backward", ctx.backend), None
-
-
-class Distillation(torch.autograd.Function):
-    """Distillation, ``gfl_kernels::distillation_forward``."""
-
-    @staticmethod
-    def forward(ctx, backend, pred, inputs):
-        return _loss(ctx, backend, "distillation_forward", 4, inputs)
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        return None, _gradient(ctx, grad_loss, "distillation_backward", ctx.backend), None
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), methods)
 
 
 # What a row's distribution comes to, and how many tensors the ops of it begin with: pred, bins.
@@ -436,9 +416,7 @@ def _are_ones(upstream: Sequence[Tensor | None]) -> bool:
 # Function.apply without its Python wrapper, which only serves torch.func transforms (dispatch keeps
 # those out) and costs a microsecond where a whole call on small logits takes thirty.
 apply_loss = {
-    "quality": super(torch.autograd.Function, QualityFocal).apply,
-    "distribution": super(torch.autograd.Function, DistributionFocal).apply,
-    "distillation": super(torch.autograd.Function, Distillation).apply,
+    family: super(torch.autograd.Function, _loss_function(family)).apply for family in _LOSSES
 }
 apply_distribution_summary = super(torch.autograd.Function, DistributionSummary).apply
 apply_head_loss = super(torch.autograd.Function, HeadLoss).apply
@@ -483,9 +461,8 @@ def _refuse_backward(name: str, why: str) -> None:
     torch.library.register_autograd(f"gfl_kernels::{name}", backward, lib=_libraries[0])
 
 
-_register_loss_autograd("quality", 5)
-_register_loss_autograd("distribution", 6)
-_register_loss_autograd("distillation", 4)
+for _family, (_, _tensors) in _LOSSES.items():
+    _register_loss_autograd(_family, _tensors)
 for _which, _tensors in _SUMMARIES.items():
     _register_summary_autograd(_which, _tensors)
 
