@@ -153,6 +153,13 @@ GFL_HD T log1m(T p) {
   return logarithm(u) - (p - (S(1) - u)) / u;
 }
 
+// exp(x).  Valid as exponential().  Good to 0.6 ulp where it is near 1; a machine whose exponential()
+// is not has its own form.
+template <typename T>
+GFL_HD T exponential_near_one(T x) {
+  return exponential(x);
+}
+
 // |d|^beta for |d| in (0, 1.1], given log |d|; the caller takes care of d = 0.
 template <typename T>
 GFL_HD T pow_abs(T log_abs_d, scalar_t<T> beta) {
@@ -436,22 +443,26 @@ GFL_HD LossGrad<T> varifocal_probability_loss_grad(T p, T q, T weight, Mask posi
   return {weight * b.loss, grad};
 }
 
-// q^gamma, what Matchability-Aware Loss trains positives to, and 0 for q <= 0.
+// q^gamma, what Matchability-Aware Loss trains positives to, and 0 for q <= 0.  The loss of a
+// saturated logit is x (1 - target): near 1 every digit counts.
 template <typename T>
 GFL_HD T matchability_target(T q, scalar_t<T> gamma) {
   using S = scalar_t<T>;
   const auto zero = q < smallest<S>();
-  const T power = pow_abs(logarithm(select(zero, broadcast<T>(S(1)), q)), gamma);
-  return select(zero, broadcast<T>(S(0)), power);
+  const T log_q = logarithm(select(zero, broadcast<T>(S(1)), q));
+  return select(zero, broadcast<T>(S(0)), exponential_near_one(log_q * gamma));
 }
 
 // max(s^alpha q^(1 - alpha), 0.01), a constant: what IA-BCE trains positives to.
 template <typename T>
 GFL_HD T iou_aware_target(T x, T q, scalar_t<T> alpha) {
   using S = scalar_t<T>;
-  const T target = sigmoid_power(logistic(x), x, alpha) * matchability_target(q, S(1) - alpha);
-  const T least = broadcast<T>(S(0.01));
-  return select(target < least, least, target);
+  const auto zero = q < smallest<S>();
+  const T log_q = logarithm(select(zero, broadcast<T>(S(1)), q)) * (S(1) - alpha);
+  const T log_s =
+      alpha == S(0) ? broadcast<T>(S(0)) : log_sigmoid(logistic(x), x) * alpha;  // 0^0 = 1
+  const T least = broadcast<T>(S(0.01)), target = exponential_near_one(log_q + log_s);
+  return select(zero, least, select(target < least, least, target));
 }
 
 // alpha y + (1 - alpha) (1 - y), or 1 for alpha < 0.

@@ -1,7 +1,8 @@
 // The ops whose schemas gfl_kernels/ops.py defines, on the LibTorch stable ABI: allocate the
 // outputs, describe the tensors as views, call the C functions. A Device says where:
 //
-//   explicit Device(const Tensor& pred);        pred's device is the current one while this lives
+//   Device(const Tensor& pred, others...);      pred's device is the current one while this lives;
+//                                               refuses others that lie elsewhere
 //   Place place() const;                        where outputs are allocated
 //   int run(const gfl_quality_args&) const;     and the same for the others
 //   int run_boxes(const gfl_head_args&) const, run(const gfl_head_args&) const;   for a head
@@ -164,7 +165,7 @@ std::tuple<Tensor, Tensor> quality_forward(Tensor pred, Tensor target, std::opti
                                            std::optional<Tensor> avg_factor, int64_t form,
                                            int64_t flags, double alpha, double beta, double scale,
                                            int64_t reduction, bool write_grad) {
-  const Device device(pred);
+  const Device device(pred, target, score, weight, avg_factor);
   Tensor loss = new_loss(device.place(), pred, reduction == kNone);
   Tensor grad = new_gradient(device.place(), pred, write_grad);
   const View x(pred), t(target), q(score), w(weight), a(avg_factor), l(loss), g(grad);
@@ -190,7 +191,7 @@ Tensor quality_backward(Tensor grad_loss, Tensor pred, Tensor target, std::optio
                         std::optional<Tensor> weight, std::optional<Tensor> avg_factor,
                         int64_t form, int64_t flags, double alpha, double beta, double scale,
                         int64_t reduction) {
-  const Device device(pred);
+  const Device device(pred, grad_loss, target, score, weight, avg_factor);
   Tensor grad = new_gradient(device.place(), pred, true);
   const View u(grad_loss), x(pred), t(target), q(score), w(weight), a(avg_factor), g(grad);
   const gfl_quality_args args{x.get(),
@@ -217,7 +218,7 @@ std::tuple<Tensor, Tensor> distribution_forward(Tensor pred, Tensor target,
                                                 std::optional<Tensor> weight,
                                                 std::optional<Tensor> avg_factor, double scale,
                                                 int64_t reduction, bool write_grad) {
-  const Device device(pred);
+  const Device device(pred, target, weight_left, weight_right, weight, avg_factor);
   Tensor loss = new_loss(device.place(), pred, reduction == kNone);
   Tensor grad = new_gradient(device.place(), pred, write_grad);
   const View x(pred), t(target), wl(weight_left), wr(weight_right), w(weight), a(avg_factor),
@@ -241,7 +242,7 @@ Tensor distribution_backward(Tensor grad_loss, Tensor pred, Tensor target,
                              std::optional<Tensor> weight_left, std::optional<Tensor> weight_right,
                              std::optional<Tensor> weight, std::optional<Tensor> avg_factor,
                              double scale, int64_t reduction) {
-  const Device device(pred);
+  const Device device(pred, grad_loss, target, weight_left, weight_right, weight, avg_factor);
   Tensor grad = new_gradient(device.place(), pred, true);
   const View u(grad_loss), x(pred), t(target), wl(weight_left), wr(weight_right), w(weight),
       a(avg_factor), g(grad);
@@ -281,7 +282,7 @@ Tensor run_summary(const Device& device, Tensor out, const Tensor& pred, Args ar
 template <typename Device, typename Args, typename... Bins>
 Tensor run_summary_backward(const Tensor& grad_out, const Tensor& pred, Args args,
                             const std::optional<Tensor>& bins, Bins... member) {
-  const Device device(pred);
+  const Device device(pred, grad_out, bins);
   Tensor grad = new_gradient(device.place(), pred, true);
   const View u(grad_out), x(pred), y(bins), g(grad);
   args.pred = x.get();
@@ -294,7 +295,7 @@ Tensor run_summary_backward(const Tensor& grad_out, const Tensor& pred, Args arg
 
 template <typename Device>
 Tensor integral_forward(Tensor pred, std::optional<Tensor> bins, int64_t window) {
-  const Device device(pred);
+  const Device device(pred, bins);
   return run_summary(device, new_loss(device.place(), pred, true), pred, integral_args(window),
                      bins, &gfl_integral_args::bins);
 }
@@ -320,7 +321,7 @@ Tensor statistics_backward(Tensor grad_out, Tensor pred, int64_t topk, bool add_
 
 template <typename Device>
 Tensor moments_forward(Tensor pred, std::optional<Tensor> bins) {
-  const Device device(pred);
+  const Device device(pred, bins);
   return run_summary(device, new_moments(device.place(), pred), pred, gfl_moments_args{}, bins,
                      &gfl_moments_args::bins);
 }
@@ -420,7 +421,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_boxes(
   const HeadCall call(cls, box, points, labels, box_targets, targets, label_weights,
                       std::move(strides));
   const Tensor& pred = cls[0];
-  const Device device(pred);
+  const Device device(pred, cls, box, points, labels, box_targets, targets, label_weights);
   const auto make = [&](std::vector<int64_t> sizes) {
     return new_losses(device.place(), pred, std::move(sizes));
   };
@@ -488,7 +489,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> 
   const HeadCall call(cls, box, points, labels, box_targets, targets, label_weights,
                       std::move(strides));
   const Tensor& pred = cls[0];
-  const Device device(pred);
+  const Device device(pred, cls, box, points, labels, box_targets, targets, label_weights, quality,
+                      weight, sums, normalisers);
   const Place place = device.place();
   const int64_t levels = static_cast<int64_t>(cls.size());
   std::vector<Tensor> losses;
@@ -513,7 +515,9 @@ std::vector<Tensor> head_backward(
     double limit, int64_t form, double alpha, double beta, std::vector<double> loss_weights) {
   const HeadCall call(cls, box, points, labels, box_targets, targets, label_weights,
                       std::move(strides));
-  const Device device(cls[0]);
+  const Device device(cls[0], grad_cls, grad_bbox, grad_dfl, grad_levels_cls, grad_levels_bbox,
+                      grad_levels_dfl, cls, box, points, labels, box_targets, targets,
+                      label_weights, quality, weight, sums, normalisers);
   const std::vector<Tensor> grads = new_gradients(device.place(), cls, box);
   const std::optional<Tensor> upstream[] = {grad_cls,        grad_bbox,        grad_dfl,
                                             grad_levels_cls, grad_levels_bbox, grad_levels_dfl};
@@ -528,7 +532,7 @@ std::tuple<Tensor, Tensor> distillation_forward(Tensor pred, Tensor teacher,
                                                 std::optional<Tensor> avg_factor,
                                                 double temperature, double scale, int64_t reduction,
                                                 bool write_grad) {
-  const Device device(pred);
+  const Device device(pred, teacher, weight, avg_factor);
   Tensor loss = new_loss(device.place(), pred, reduction == kNone);
   Tensor grad = new_gradient(device.place(), pred, write_grad);
   const View x(pred), t(teacher), w(weight), a(avg_factor), l(loss), g(grad);
@@ -549,7 +553,7 @@ template <typename Device>
 Tensor distillation_backward(Tensor grad_loss, Tensor pred, Tensor teacher,
                              std::optional<Tensor> weight, std::optional<Tensor> avg_factor,
                              double temperature, double scale, int64_t reduction) {
-  const Device device(pred);
+  const Device device(pred, grad_loss, teacher, weight, avg_factor);
   Tensor grad = new_gradient(device.place(), pred, true);
   const View u(grad_loss), x(pred), t(teacher), w(weight), a(avg_factor), g(grad);
   const gfl_distillation_args args{x.get(), t.get(),     w.get(),
@@ -564,7 +568,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_boxes(
     Tensor pred, Tensor points, std::optional<Tensor> strides, std::optional<Tensor> bins,
     std::optional<Tensor> cls, std::optional<Tensor> limits, double stride,
     std::vector<double> size, int64_t window, bool write_deviation) {
-  const Device device(pred);
+  const Device device(pred, points, strides, bins, cls, limits);
   const Place place = device.place();
   std::vector<int64_t> rows(pred.sizes().begin(), pred.sizes().end() - 1), sides = rows;
   sides.push_back(4);

@@ -121,8 +121,9 @@ class use_backend:
 
 def exporting() -> bool:
     """Exported graphs hold plain PyTorch operations and run where gfl_kernels is not installed."""
-    # Both ONNX exporters are among these: one traces, the other exports.
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    # Both ONNX exporters are among these: one traces, the other exports. The flag is what
+    # torch.compiler.is_exporting() returns, which torch.compile takes for True in torch 2.11.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _obstacle(backend: str, pred: Tensor, *constants: Tensor | None) -> str | None:
@@ -157,8 +158,8 @@ def _candidate(pred: Tensor) -> str:
     """The backend whose turn it is: the forced one, else the one for pred's device."""
     if _forced is not None:
         return _forced
-    if pred.is_cuda:  # the compiled kernels only where Triton is not
-        return "cuda" if _why_not("triton") is not None and _why_not("cuda") is None else "triton"
+    if pred.is_cuda:  # compiled kernels are launched in a fraction of the time that Triton takes
+        return "cuda" if _why_not("cuda") is None else "triton"
     return "cpu" if pred.is_cpu else "reference"
 
 
@@ -208,6 +209,8 @@ def implementation(backend: str, name: str) -> Callable[..., Any]:
 
 
 def _is_plain(value: object) -> bool:
+    if type(value) is Tensor:
+        return not value.is_neg()
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return not isinstance(value, Tensor) or (

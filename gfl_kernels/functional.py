@@ -903,15 +903,14 @@ def _run(
         if avg_factor is None and reduction == "mean"
         else ops.SUM
     )
-    scale = loss_weight
+    pred, scale = tensors[0], loss_weight
     compiling = torch.compiler.is_compiling()
     if avg_factor is not None and not isinstance(avg_factor, Tensor):
         if compiling:
             # As a constant of the graph it would be compiled anew for every value.
-            avg_factor = torch.scalar_tensor(avg_factor, dtype=torch.float64)
+            avg_factor = torch.scalar_tensor(avg_factor, dtype=torch.float64, device=pred.device)
         else:
             scale, avg_factor = loss_weight / float(avg_factor + EPS), None
-    pred = tensors[0]
     # Forward leaves the gradient where backward can use it as it is: on the CPU, where the host may
     # look for an upstream gradient of 1 (a GPU reads pred again instead, which moves less). Not for
     # float16: under a GradScaler the upstream gradient is never 1, and an unscaled float16 gradient

@@ -74,7 +74,8 @@ def cuda_why_not() -> str | None:
     loaded, reason = _load()
     if loaded is None:
         return reason
-    if not build_info()["cuda_architectures"]:
+    architectures = build_info()["cuda_architectures"]
+    if not architectures:
         why = (build_report().get("left_out") or {}).get("cuda", "it was not asked for")
         return (
             f"{_FILE} was built without CUDA: {why}. "
@@ -89,7 +90,30 @@ def cuda_why_not() -> str | None:
         return "it needs a CUDA device, and there is none"
     if not loaded.gfl_cuda_has_stream():
         return f"torch {torch.__version__} does not tell its current CUDA stream"
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        if not runs_on(architectures, major, minor):
+            return (
+                f"{_FILE} has CUDA kernels for {architectures}, and cuda:{device} is of "
+                f"architecture {major}{minor}. To build it: GFL_KERNELS_BUILD=cuda "
+                f"GFL_KERNELS_CUDA_ARCHITECTURES={major}{minor} pip install --no-build-isolation ."
+            )
     return None
+
+
+def runs_on(architectures: str, major: int, minor: int) -> bool:
+    """Whether code for these (75-real,90: CMake's names) runs on a GPU of that compute capability.
+
+    Machine code does on GPUs of its own generation that are no older, PTX on all that are no older.
+    """
+    for name in architectures.split(","):
+        number, _, kind = name.partition("-")
+        if not number.isdigit():  # native, all; 90a is for one GPU alone
+            if not number[:-1].isdigit() or number[:-1] == f"{major}{minor}":
+                return True
+        elif int(number) <= 10 * major + minor and (kind != "real" or int(number) // 10 == major):
+            return True
+    return False
 
 
 def build_info() -> dict[str, Any]:

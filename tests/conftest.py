@@ -1,5 +1,6 @@
 """Fixtures every test file uses; the helpers they rest on are in support.py."""
 
+import contextlib
 import gc
 import os
 import types
@@ -36,20 +37,25 @@ def _usable(name):
     pytest.skip(f"backend {name!r} is not usable: {reason}")
 
 
+def _force(name):
+    _usable(name)
+    here = Backend(name, BACKENDS[name])
+    # Tensors that a test makes without saying where lie where the backend wants them.
+    place = contextlib.nullcontext() if here.device == "cpu" else torch.device(here.device)
+    with gfl_kernels.use_backend(name), place:
+        yield here
+
+
 @pytest.fixture(params=list(BACKENDS))
 def backend(request):
     """Each usable backend in turn, forced for the length of the test."""
-    _usable(request.param)
-    with gfl_kernels.use_backend(request.param):
-        yield Backend(request.param, BACKENDS[request.param])
+    yield from _force(request.param)
 
 
 @pytest.fixture(params=list(FUSED))
 def fused(request):
     """Each usable backend with hand-written kernels, forced for the length of the test."""
-    _usable(request.param)
-    with gfl_kernels.use_backend(request.param):
-        yield Backend(request.param, BACKENDS[request.param])
+    yield from _force(request.param)
 
 
 @pytest.fixture

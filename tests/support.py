@@ -8,6 +8,7 @@ loops over mpmath.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import subprocess
@@ -143,6 +144,23 @@ def to_double(value):
     return value
 
 
+def on_cpu(function):
+    """A maker of inputs (a tensor, a tuple of them, or what has a method to convert its own) whose
+    random numbers come of the CPU's generators: the same wherever they go, which is the default
+    device or the one it is told."""
+
+    @functools.wraps(function)
+    def call(*args, device=None, **kwargs):
+        device = device or torch.get_default_device()
+        with torch.device("cpu"):
+            made = function(*args, **kwargs)
+        if isinstance(made, tuple):
+            return tuple(t.to(device) for t in made)
+        return made.to(device if isinstance(made, torch.Tensor) else lambda t: t.to(device))
+
+    return call
+
+
 def moved(value, device):
     """Tensors (also inside tuples and dicts) on another device as they are: the same strides, and
     around them the same memory, which .to(device) would leave out."""
@@ -170,8 +188,9 @@ def evaluate(function, pred, upstream, args, kwargs):
 def random_upstream(value, seed=0):
     """Non-uniform upstream gradient of value's shape; never ones, both signs, no zeros."""
     generator = torch.Generator().manual_seed(seed)
-    size = torch.rand(value.shape, generator=generator) * 1.5 + 0.25
-    sign = torch.where(torch.rand(value.shape, generator=generator) < 0.3, -1.0, 1.0)
+    with torch.device("cpu"):
+        size = torch.rand(value.shape, generator=generator) * 1.5 + 0.25
+        sign = torch.where(torch.rand(value.shape, generator=generator) < 0.3, -1.0, 1.0)
     return (size * sign).to(value.dtype).to(value.device)
 
 
@@ -284,7 +303,8 @@ EXTREME = (
 )
 
 
-def logits(*shape, dtype=torch.float32, device="cpu", seed=0, spread=3.0, extremes=True):
+@on_cpu
+def logits(*shape, dtype=torch.float32, seed=0, spread=3.0, extremes=True):
     """Normal logits with, by default, one element in six replaced by an extreme value (finite in
     every dtype).
     """
@@ -295,11 +315,12 @@ def logits(*shape, dtype=torch.float32, device="cpu", seed=0, spread=3.0, extrem
             torch.randint(len(EXTREME), shape, generator=generator)
         ]
         x = torch.where(torch.rand(shape, generator=generator) < 1 / 6, pick, x)
-    return x.to(dtype).to(device)
+    return x.to(dtype)
 
 
+@on_cpu
 def sparse_target(
-    row_shape, classes, *, device="cpu", seed=0, label_dtype=torch.int64, score_dtype=torch.float32
+    row_shape, classes, *, seed=0, label_dtype=torch.int64, score_dtype=torch.float32
 ):
     """(label, score): a third positives, the rest C, -1 and 255 where the dtype holds them; scores
     0, 1 and interior.
@@ -328,28 +349,29 @@ def sparse_target(
     score = torch.rand(row_shape, generator=generator)
     which = torch.rand(row_shape, generator=generator)
     score = torch.where(which < 0.1, 0.0, torch.where(which < 0.2, 1.0, score))
-    return label.to(label_dtype).to(device), score.to(score_dtype).to(device)
+    return label.to(label_dtype), score.to(score_dtype)
 
 
-def dense_target(row_shape, classes, *, device="cpu", seed=0, dtype=torch.float32):
+@on_cpu
+def dense_target(row_shape, classes, *, seed=0, dtype=torch.float32):
     """Soft targets [..., C]: mostly 0, some 1, the rest interior."""
     generator = torch.Generator().manual_seed(seed + 2)
     target = torch.rand((*row_shape, classes), generator=generator)
     which = torch.rand(target.shape, generator=generator)
     target = torch.where(which < 0.6, 0.0, torch.where(which < 0.7, 1.0, target))
-    return target.to(dtype).to(device)
+    return target.to(dtype)
 
 
-def row_weight(shape, *, device="cpu", seed=0, dtype=torch.float32):
+@on_cpu
+def row_weight(shape, *, seed=0, dtype=torch.float32):
     """Weights in [0, 2), a quarter of them exactly 0."""
     generator = torch.Generator().manual_seed(seed + 3)
     weight = torch.rand(shape, generator=generator) * 2
-    return (
-        torch.where(torch.rand(shape, generator=generator) < 0.25, 0.0, weight).to(dtype).to(device)
-    )
+    return torch.where(torch.rand(shape, generator=generator) < 0.25, 0.0, weight).to(dtype)
 
 
-def bin_target(row_shape, bins, *, device="cpu", seed=0, dtype=torch.float32):
+@on_cpu
+def bin_target(row_shape, bins, *, seed=0, dtype=torch.float32):
     """DFL targets in bins: interior, integers, both ends, and a little beyond both ends."""
     generator = torch.Generator().manual_seed(seed + 4)
     target = torch.rand(row_shape, generator=generator) * (bins - 1)
@@ -358,17 +380,18 @@ def bin_target(row_shape, bins, *, device="cpu", seed=0, dtype=torch.float32):
     target = torch.where((which >= 0.2) & (which < 0.3), float(bins - 1), target)
     target = torch.where((which >= 0.3) & (which < 0.35), bins - 1 + 0.6, target)
     target = torch.where((which >= 0.35) & (which < 0.4), -0.4, target)
-    return target.to(dtype).to(device)
+    return target.to(dtype)
 
 
-def explicit_target(row_shape, bins, *, device="cpu", seed=0):
+@on_cpu
+def explicit_target(row_shape, bins, *, seed=0):
     """(left, weight_left, weight_right) with weights that do not sum to 1, as non-uniform bins
     need.
     """
     generator = torch.Generator().manual_seed(seed + 5)
     left = torch.randint(bins - 1, row_shape, generator=generator)
     weights = torch.rand((2, *row_shape), generator=generator)
-    return left.to(device), weights[0].to(device), weights[1].to(device)
+    return left, weights[0], weights[1]
 
 
 # ---- layouts. Each takes the logical values [B, H, W, C] and lays them out; `back` undoes it to

@@ -388,7 +388,7 @@ def test_grad_scaler(backend, loss):
     rows, width = 4096, 17
     master = logits(rows, width, device=backend.device, extremes=False).requires_grad_()
     optimizer = torch.optim.SGD([master], lr=1.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    scaler = torch.amp.GradScaler(backend.device, init_scale=65536.0)
     target = sparse_target((rows,), width) if loss == "quality" else bin_target((rows,), width)
     function = quality_focal_loss if loss == "quality" else distribution_focal_loss
     oracle = (
@@ -905,6 +905,8 @@ def test_fork_after_use(backend):
     """A data loader forks a process whose parent has used the kernels' threads: the child computes,
     nothing hangs.
     """
+    if backend.device != "cpu":
+        pytest.skip("CUDA does not survive a fork")
     code = f"""
 import os, torch, gfl_kernels
 gfl_kernels.use_backend({backend.name!r})

@@ -63,7 +63,7 @@ from test_head import aligned, check, head_arguments, one_level, scene
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gfl_kernels
-from gfl_kernels import dispatch
+from gfl_kernels import dispatch, native
 
 ptxsim = pytest.importorskip("ptxsim", reason="tests/ptxsim needs numpy")
 import cuda_device  # noqa: E402
@@ -786,7 +786,7 @@ def test_the_library_has_kernels_for_cuda():
 
 
 def test_automatic_choice(monkeypatch):
-    """Triton first; the compiled kernels where it is absent; neither makes the reference serve."""
+    """The compiled kernels first, then Triton; neither makes the reference serve."""
 
     def choice(triton, cuda):
         reasons = {"triton": triton, "cuda": cuda}
@@ -797,7 +797,42 @@ def test_automatic_choice(monkeypatch):
             assert len(chosen) == 1
             return chosen.pop()
 
-    assert choice(None, None) == "triton"
+    assert choice(None, None) == "cuda"
     assert choice(None, "no") == "triton"
     assert choice("no", None) == "cuda"
     assert choice("no", "no") == "reference"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "fits", "not_fits"),
+    [
+        (
+            "75-real,80-real,100-virtual",
+            ["75", "80", "86", "89", "100", "103", "120"],
+            ["70", "90"],
+        ),
+        ("90", ["90", "100", "120"], ["75", "89"]),
+        ("90-real", ["90"], ["89", "100"]),
+        ("86-virtual", ["86", "90"], ["80"]),
+        ("90a", ["90"], ["89", "100"]),
+        ("native", ["75", "120"], []),
+    ],
+)
+def test_code_of_an_architecture_runs_on(architectures, fits, not_fits):
+    for gpu, expected in [*((g, True) for g in fits), *((g, False) for g in not_fits)]:
+        major, minor = divmod(int(gpu), 10)
+        assert native.runs_on(architectures, major, minor) == expected, gpu
+
+
+def test_a_gpu_that_the_library_has_no_code_for_is_named(monkeypatch):
+    for name, value in {"is_available": True, "device_count": 2}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (7, 0))[i])
+    library = native.library()
+    obstacles = {"gfl_cuda_obstacle": None, "gfl_cuda_has_stream": 1}
+    for name, value in obstacles.items():
+        monkeypatch.setattr(library, name, lambda value=value: value, raising=False)
+    reason = native.cuda_why_not.__wrapped__()
+    assert "cuda:1 is of architecture 70" in reason
+    assert "GFL_KERNELS_CUDA_ARCHITECTURES=70" in reason

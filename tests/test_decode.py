@@ -14,6 +14,7 @@ from support import (
     combinations,
     lay_out,
     logits,
+    on_cpu,
 )
 
 import gfl_kernels
@@ -22,12 +23,13 @@ from gfl_kernels import DecodedBoxes, decode_boxes, use_backend
 EVERYTHING = {"max_shape": (90.0, 70.0), "return_uncertainty": True}
 
 
-def scene(anchors, *, device="cpu", seed=0, size=96.0):
+@on_cpu
+def scene(anchors, *, seed=0, size=96.0):
     """Points [A, 2] on an image of that size, and strides [A]."""
     generator = torch.Generator().manual_seed(seed + 10)
     points = torch.rand(anchors, 2, generator=generator) * size
     strides = 2.0 ** torch.randint(2, 6, (anchors,), generator=generator)
-    return points.to(device), strides.to(device)
+    return points, strides
 
 
 def as_tuple(result):
@@ -98,8 +100,8 @@ def test_formula(backend, mode, window, bins):
             points, pred, strides=strides, bins=given, mode=mode, window=window, max_shape=image,
             return_uncertainty=True,
         )  # fmt: skip
-        torch.testing.assert_close(got.boxes.cpu(), boxes, rtol=1e-12, atol=1e-9)
-        torch.testing.assert_close(got.uncertainty.cpu(), spreads, rtol=1e-9, atol=1e-6)
+        torch.testing.assert_close(got.boxes, boxes, rtol=1e-12, atol=1e-9)
+        torch.testing.assert_close(got.uncertainty, spreads, rtol=1e-9, atol=1e-6)
 
 
 def test_mmdet(mmdet):  # noqa: F811
@@ -229,7 +231,7 @@ def test_nan_and_infinity_stay_in_their_row(backend, mode):
     for row, side in ((0, 0), (1, 1), (2, 1), (3, 3)):
         expected[row, side] = True
     for result in (got.boxes, got.uncertainty):
-        assert torch.equal(result[touched].isnan().cpu(), expected)
+        assert torch.equal(result[touched].isnan(), expected)
         sound = ~expected.to(backend.device)
         assert result[touched][sound].isfinite().all()
     assert got.labels[touched].tolist() == [4, 2, 0, 9]
@@ -257,7 +259,7 @@ def test_two_modes(backend):
     mean = decode_boxes(point, z.flatten(1), return_uncertainty=True)
     peak = decode_boxes(point, z.flatten(1), mode="peak", return_uncertainty=True)
     assert 7 < mean.boxes[0, 2] < 9 and 4.5 < mean.uncertainty[0, 0] < 5.5
-    torch.testing.assert_close(peak.boxes[0].cpu(), torch.tensor([-3.0, -3, 3, 3]))
+    torch.testing.assert_close(peak.boxes[0], torch.tensor([-3.0, -3, 3, 3]))
     torch.testing.assert_close(peak.uncertainty, mean.uncertainty)
 
 

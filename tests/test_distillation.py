@@ -69,7 +69,7 @@ def test_formula(backend, temperature):
             student, teacher, bin_reduction=bin_reduction, **options
         )
         expected = divergence * temperature**2 / bins
-        torch.testing.assert_close(got.cpu(), expected, rtol=1e-11, atol=1e-9)
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-9)
     same = localization_distillation_loss(student, student, **options)
     torch.testing.assert_close(same, torch.zeros_like(same), rtol=0, atol=1e-10)
 
@@ -239,7 +239,7 @@ def test_infinite_logits(backend):
     got = localization_distillation_loss(
         student, teacher, temperature=1, bin_reduction="sum", reduction="none"
     )
-    torch.testing.assert_close(got.cpu(), torch.tensor([math.log(4 / 3), 0.0, INF]))
+    torch.testing.assert_close(got, torch.tensor([math.log(4 / 3), 0.0, INF]))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -338,8 +338,8 @@ def test_dfine_bins(backend):
     target = torch.cat([torch.randn(40).double() * 3, y[[0, 7, 32]], torch.tensor([-99.0, 99.0])])
     left, wl, wr = bin_weights(target.to(backend.device), y.to(backend.device))
     z = logits(45, 33, dtype=torch.float64, device=backend.device)
-    losses = distribution_focal_loss(z, (left, wl, wr), reduction="none").cpu()
-    log_p = z.log_softmax(-1).cpu()
+    losses = distribution_focal_loss(z, (left, wl, wr), reduction="none")
+    log_p = z.log_softmax(-1)
     for i, t in enumerate(target.tolist()):
         index = int((y <= t).sum()) - 1
         if index < 0:
@@ -351,7 +351,7 @@ def test_dfine_bins(backend):
             expected = (index, 1 - a / (a + b), a / (a + b))
         assert int(left[i]) == expected[0]
         torch.testing.assert_close(
-            torch.stack([wl[i], wr[i]]).cpu(), torch.tensor(expected[1:], dtype=torch.float64)
+            torch.stack([wl[i], wr[i]]), torch.tensor(expected[1:], dtype=torch.float64)
         )
         loss = -sum(
             w * log_p[i, expected[0] + side] for side, w in enumerate(expected[1:]) if w != 0

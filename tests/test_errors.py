@@ -394,7 +394,7 @@ def test_modules_name_themselves_and_what_came(backend):
         ):
             module(z(3, 4), target, reduction_override="avg")
     with pytest.raises(ValueError, match="reduction"):
-        gfl_kernels.QualityFocalLoss(reduction="average")(z(3, 4), GOOD)
+        gfl_kernels.QualityFocalLoss(reduction="average")(z(3, 4), (label(), z(3)))
 
 
 def test_nothing_is_corrupted(backend):
@@ -408,8 +408,12 @@ def test_nothing_is_corrupted(backend):
             function(*args, **kwargs)
         # Where a keyword is what is wrong, also with inputs that are worth corrupting
         if function is quality_focal_loss and kwargs and args[0].dim() == 2:
+            here = {
+                name: value.to(pred.device) if getattr(value, "is_cpu", False) else value
+                for name, value in kwargs.items()
+            }
             with pytest.raises(error):
-                function(pred, target, **kwargs)
+                function(pred, target, **here)
         assert torch.equal(quality_focal_loss(pred, target, reduction="none"), before)
     for tensor, copy in zip((pred, *target), copies, strict=True):
         assert torch.equal(tensor, copy)
@@ -462,7 +466,7 @@ def test_wrong_target_with_gradient_on_a_forced_backend(fused):
     score = torch.rand(3, requires_grad=True)
     for call in (
         lambda: quality_focal_loss(pred, (label(), score)),
-        lambda: quality_focal_loss(pred, GOOD, weight=score),
+        lambda: quality_focal_loss(pred, (label(), z(3)), weight=score),
         lambda: quality_focal_loss(pred, torch.rand(3, 4, requires_grad=True)),
         lambda: distribution_focal_loss(pred, score),
         lambda: distribution_focal_loss(pred, (label(), score, z(3))),
@@ -514,6 +518,7 @@ DEBUG_CASES = [
 def test_debug_mode_names_the_first_bad_row(backend):
     code = f"""
 import torch, gfl_kernels
+torch.set_default_device({backend.device!r})
 gfl_kernels.use_backend({backend.name!r})
 q, d = gfl_kernels.quality_focal_loss, gfl_kernels.distribution_focal_loss
 for call, words in {DEBUG_CASES!r}:
@@ -543,6 +548,7 @@ def test_no_value_checks_by_default(backend):
     """
     code = f"""
 import torch, gfl_kernels
+torch.set_default_device({backend.device!r})
 gfl_kernels.use_backend({backend.name!r})
 target = torch.tensor([0, 9, -7]), torch.zeros(3)
 print(gfl_kernels.quality_focal_loss(torch.zeros(3, 4), target).item())

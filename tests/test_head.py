@@ -15,6 +15,7 @@ from support import (
     INTERPRETED,
     assert_no_worse,
     logits,
+    on_cpu,
     random_upstream,
     run_python,
     to_double,
@@ -72,24 +73,6 @@ KINDS = ("iou", "giou", "diou", "ciou")
 not_interpreted = pytest.mark.skipif(
     INTERPRETED, reason="interpreted: schemas and fake kernels are the same for every backend"
 )
-HEAD_BACKENDS = ["reference", "cpu", *(["triton"] if INTERPRETED else [])]
-
-
-@pytest.fixture(params=HEAD_BACKENDS)
-def backend(request):
-    """The backends whose kernels run here."""
-    if (reason := gfl_kernels.backends()[request.param]) != "ok":
-        pytest.skip(f"backend {request.param!r} is not usable: {reason}")
-    with gfl_kernels.use_backend(request.param):
-        yield request.param
-
-
-@pytest.fixture(params=HEAD_BACKENDS[1:])
-def fused(request):
-    if (reason := gfl_kernels.backends()[request.param]) != "ok":
-        pytest.skip(f"backend {request.param!r} is not usable: {reason}")
-    with gfl_kernels.use_backend(request.param):
-        yield request.param
 
 
 @dataclasses.dataclass
@@ -110,6 +93,7 @@ class Scene:
         return Scene(lists[0], lists[1], tuple(lists[2:]), options)
 
 
+@on_cpu
 def scene(
     batch=2,
     classes=5,
@@ -279,7 +263,7 @@ def test_random_calls(backend, seed):
     random = torch.Generator().manual_seed(seed)
 
     def pick(*values):
-        return values[int(torch.randint(len(values), (), generator=random))]
+        return values[int(torch.randint(len(values), (), generator=random, device="cpu"))]
 
     count = pick(1, 2, 5)
     s = scene(
@@ -428,7 +412,7 @@ def test_one_loss_alone(backend):
     leaves = [t.requires_grad_() for t in (*s.cls, *s.box)]
     for term in range(3):
         out = gfl_loss(leaves[:3], leaves[3:], *s.others, **s.options)
-        grads = torch.autograd.grad(out[term], leaves, allow_unused=backend == "reference")
+        grads = torch.autograd.grad(out[term], leaves, allow_unused=not backend.fused)
         zero, other = (grads[3:], grads[:3]) if term == 0 else (grads[:3], grads[3:])
         assert all(g is None or float(g.abs().max()) == 0.0 for g in zero)
         assert all(float(g.abs().max()) > 0.0 for g in other)
@@ -450,7 +434,7 @@ def test_double_backward(backend):
     out = gfl_loss(leaves[:3], leaves[3:], *s.others, **s.options)
     grads = torch.autograd.grad(sum(out[:3]), leaves, create_graph=True)
     total = sum(grad.square().sum() for grad in grads)
-    if backend == "reference":
+    if not backend.fused:
         assert all(g is not None for g in torch.autograd.grad(total, leaves))
     else:
         with pytest.raises(RuntimeError, match="head_backward is not differentiable"):
@@ -459,6 +443,8 @@ def test_double_backward(backend):
 
 @pytest.mark.parametrize("avg_factor", [3, 2.5, torch.tensor(2.5), torch.tensor([7])], ids=repr)
 def test_avg_factor(backend, avg_factor):
+    if isinstance(avg_factor, torch.Tensor):
+        avg_factor = avg_factor.to(backend.device)
     s = scene()
     base = gfl_loss(s.cls, s.box, *s.others, **s.options)
     got = gfl_loss(s.cls, s.box, *s.others, **s.options, avg_factor=avg_factor)
@@ -598,7 +584,7 @@ def test_function_transforms_take_the_reference(native):
 def test_autocast_changes_nothing(backend):
     s = scene(dtype=torch.bfloat16, box_dtype=torch.float32)
     expected = gfl_loss(s.cls, s.box, *s.others, **s.options)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(backend.device, torch.bfloat16):
         got = gfl_loss(s.cls, s.box, *s.others, **s.options)
     for a, b in zip(got[:6], expected[:6], strict=True):
         assert a.dtype == torch.float32 and torch.equal(a, b)
@@ -782,6 +768,7 @@ def test_two_processes_have_the_gradient_of_one(native, tmp_path):
 # ---- the task-aligned mode
 
 
+@on_cpu
 def aligned(batch=2, anchors=90, classes=5, bins=16, dtype=torch.float32, seed=0, foreground=0.2):
     random = torch.Generator().manual_seed(seed)
     cls = logits(batch, anchors, classes, dtype=dtype, seed=seed, extremes=False)
@@ -993,7 +980,7 @@ def call(**changes):
         (
             {"labels": lambda x: [t.to("meta") for t in x]},
             ValueError,
-            r"labels\[0\] must be on pred's device cpu, got meta",
+            r"labels\[0\] must be on pred's device (cpu|cuda:0), got meta",
         ),
     ],
     ids=lambda value: "" if isinstance(value, (type, str)) else "-".join(value),

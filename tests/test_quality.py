@@ -19,6 +19,7 @@ from support import (
     gradcheck,
     lay_out,
     logits,
+    on_cpu,
     random_upstream,
     row_weight,
     sparse_target,
@@ -41,19 +42,20 @@ LABEL_DTYPES = (
 )
 
 
-def make_target(form, row_shape, classes, *, device="cpu", seed=0, dtype=torch.float32):
+def make_target(form, row_shape, classes, *, device=None, seed=0, dtype=torch.float32):
     if form == "sparse":
         return sparse_target(row_shape, classes, device=device, seed=seed, score_dtype=dtype)
     return dense_target(row_shape, classes, device=device, seed=seed, dtype=dtype)
 
 
-def probabilities(*shape, dtype=torch.float32, device="cpu", seed=0):
+@on_cpu
+def probabilities(*shape, dtype=torch.float32, seed=0):
     """Probabilities with exact 0 and 1 and values near both."""
     p = logits(*shape, dtype=torch.float64, seed=seed).sigmoid()
     generator = torch.Generator().manual_seed(seed + 7)
     which = torch.rand(shape, generator=generator)
     p = torch.where(which < 0.05, 0.0, torch.where(which < 0.1, 1.0, p))
-    return p.to(dtype).to(device)
+    return p.to(dtype)
 
 
 def move_classes(target, laid):
@@ -220,7 +222,8 @@ def test_planes_of_logits_with_rows_of_targets(backend, beta):
                  what=f"targets in {dtype}")  # fmt: skip
 
 
-def one_target_a_row(anchors, classes, *, share=0.1, dtype=torch.float32, device="cpu"):
+@on_cpu
+def one_target_a_row(anchors, classes, *, share=0.1, dtype=torch.float32):
     """[2, A, C], as assigners make them: a score in one class of some anchors, and of the first and
     the last; one of them is below 0, and a zero has a sign.
     """
@@ -231,7 +234,7 @@ def one_target_a_row(anchors, classes, *, share=0.1, dtype=torch.float32, device
     target = torch.zeros(2, anchors, classes)
     target.scatter_(2, label.clamp(0, classes - 1)[..., None], (score * chosen)[..., None])
     target[0, 0, 0], target[0, 1], target[0, 2] = -0.5, 0, -0.0
-    return target.to(dtype).to(device)
+    return target.to(dtype)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.5, 2.0])
@@ -526,6 +529,8 @@ def test_upstream_gradients(backend, dtype):
     ids=repr,
 )
 def test_avg_factor_forms(backend, factor):
+    if isinstance(factor, torch.Tensor):
+        factor = factor.to(backend.device)
     pred = logits(31, 6, device=backend.device, extremes=False)
     target = sparse_target((31,), 6, device=backend.device)
     got, _ = check_op(

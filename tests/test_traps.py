@@ -1,14 +1,13 @@
 """The correctness traps of this field, one test each, numbered as in the survey of the losses'
 users and bug reports.
 
-Not applicable to this version, and why:
- 8. eps of the target (0.1, 0.01, 1.01): belongs to the callers' presets; this version takes the
-    target as it is given. What is shared, a target at or beyond the last bin, is trap 7.
-25. Top-k ties: there are no distribution statistics yet.
-29. Autotuning and Triton specialisation: no Triton kernels yet; recompiles of torch.compile for
-    each N are tested in test_autograd.py.
-Partly: the GPU halves of 17 (grid limits), 22 (grids, atomics), 27 (CUDA graphs) and 28 (streams,
-device guards) wait for GPU kernels.
+Elsewhere, because they are another file's business:
+ 8. eps of the target (0.1, 0.01, 1.01): the hosts' presets, test_presets.py. What is shared, a
+target at or beyond the last bin, is trap 7.
+25. Top-k ties: test_statistics.py, test_ties_go_to_the_first_bin.
+29. Triton's specialisation: test_triton.py, test_one_compilation_for_every_number_of_rows; there is
+no autotuning. Recompiles of torch.compile for each N: test_autograd.py.
+Streams, device guards and CUDA graphs (27, 28): test_gpu.py.
 """
 
 import math
@@ -229,6 +228,8 @@ def test_trap_11_all_weights_zero_and_avg_factor_zero(backend, factor):
     """eps makes it finite: 0 / (0 + eps) = 0, with zero gradients, for Python and tensor zeros
     alike.
     """
+    if isinstance(factor, torch.Tensor):
+        factor = factor.to(backend.device)
     weight = torch.zeros(6)
     for call in (
         lambda x: quality_focal_loss(x, sparse_target((6,), 5), weight=weight, avg_factor=factor),
@@ -366,9 +367,8 @@ def test_trap_17_strides_beyond_32_bits(backend):
     """row * stride passes 2^31 (C = 13204 at a batch of 20): rows 2^30 elements apart, in 6 GiB
     that are never touched.
     """
-    storage = torch.UntypedStorage(
-        3 * 2**31 + 64
-    )  # bytes of float16, reserved by the allocator, not written
+    # Bytes of float16; on the CPU reserved by the allocator, not written.
+    storage = torch.UntypedStorage(3 * 2**31 + 64, device=backend.device)
     rows, classes, step = 4, 5, 2**30 - 7
     pred = torch.empty(0, dtype=torch.float16).set_(storage, 0, (rows, classes), (step - 3, 1))
     pred.copy_(logits(rows, classes, dtype=torch.float16))
@@ -516,7 +516,7 @@ def test_trap_26_probability_form(backend):
         quality_focal_loss, 0.0, torch.tensor([[1.0]]), activated=True, dtype=torch.float32
     )
     assert value == 100.0 and slope == pytest.approx(-1e12, rel=1e-3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
         p = torch.rand(8, 5)
         value = quality_focal_loss(p, sparse_target((8,), 5), activated=True)
     assert_no_worse(
@@ -547,9 +547,13 @@ def test_trap_28_tensors_on_different_devices(backend):
     """A label on another device than the logits: a message that names both, not a crash."""
     pred = logits(4, 5)
     label, score = sparse_target((4,), 5)
-    with pytest.raises(ValueError, match=r"label must be on pred's device cpu, got meta"):
+    with pytest.raises(
+        ValueError, match=rf"label must be on pred's device {pred.device}, got meta"
+    ):
         quality_focal_loss(pred, (label.to("meta"), score))
-    with pytest.raises(ValueError, match=r"weight must be on pred's device cpu, got meta"):
+    with pytest.raises(
+        ValueError, match=rf"weight must be on pred's device {pred.device}, got meta"
+    ):
         distribution_focal_loss(pred, torch.zeros(4), weight=torch.zeros(4, device="meta"))
 
 
@@ -590,9 +594,10 @@ def test_trap_22_across_processes(fused):
     """Another process and another thread count: the same bits."""
     code = f"""
 import os, torch, gfl_kernels
+torch.set_default_device({fused.device!r})
 gfl_kernels.use_backend({fused.name!r})
 torch.set_num_threads(int(os.environ["THREADS"]))
-generator = torch.Generator().manual_seed(1)
+generator = torch.Generator({fused.device!r}).manual_seed(1)
 x = torch.randn(9000, 17, generator=generator, requires_grad=True)
 label = torch.randint(0, 18, (9000,), generator=generator)
 score = torch.rand(9000, generator=generator)

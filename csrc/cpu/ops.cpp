@@ -5,7 +5,9 @@ namespace gfl {
 namespace {
 
 struct Cpu {
-  explicit Cpu(const Tensor&) {}
+  // The dispatcher sends here what is on the CPU in all its tensors.
+  template <typename... Others>
+  explicit Cpu(const Tensor&, const Others&...) {}
   Place place() const { return {aoti_torch_device_type_cpu(), 0}; }
   int run(const gfl_quality_args& args) const { return gfl_quality_cpu(&args); }
   int run(const gfl_distribution_args& args) const { return gfl_distribution_cpu(&args); }

@@ -210,6 +210,12 @@ GFL_DEVICE int class_of(const void* labels, int dtype, int64_t at, int classes) 
   return label >= 0 && label < classes ? label : -1;
 }
 
+// A bin, a number from 0 on, as an index; 0 for NaN, of which float64 makes the least integer.
+template <typename A>
+GFL_DEVICE int index_of(A bin) {
+  return bin > 0 ? static_cast<int>(bin) : 0;
+}
+
 // Rows
 
 // Numbers of rows and their strides are below 2^31 here: plan.cpp sends what has more to the

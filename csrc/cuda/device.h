@@ -78,6 +78,16 @@ GFL_DEVICE float exponential(float x) {
   return e;
 }
 
+// exp(x).  Valid: x <= 88, -inf and NaN included.  Max relative error: 0.6 ulp for |x| < 1/8, beyond
+// it that of exponential().
+GFL_DEVICE float exponential_near_one(float x) {
+  float p = x * (1.0f / 120) + 1.0f / 24;
+  p = p * x + 1.0f / 6;
+  p = p * x + 0.5f;
+  p = p * x + 1.0f;
+  return fabsf(x) < 0.125f ? p * x + 1.0f : exponential(x);
+}
+
 // log(1 + e).  Valid: e in [0, 1], NaN.  Max relative error: 3.4e-7, or 1.5e-6 if kHalf.  Not
 // lg2.approx, which is good to 2^-22 absolute near 1.
 template <bool kHalf = false>

@@ -155,7 +155,7 @@ GFL_DEVICE A compute_row(const Bins<T, Step>& bins, Row<A> row, bool is_integral
     }
   }
   t.high = max_lanes(t.high, lanes);
-  const int left = static_cast<int>(row.left);
+  const int left = index_of(row.left);
   if (read) {
     for (int k = first; k < count; k += step) {
       A z[kPiece];
@@ -220,7 +220,7 @@ GFL_DEVICE A compute_whole_row(const Bins<T, int>& bins, Row<A> row, bool is_int
     z = exponential(z - t.high);
     t.sum += z;
   });
-  const int left = static_cast<int>(row.left);
+  const int left = index_of(row.left);
   if (is_integral) {
     each([&](int k, A& z) { t.moment += z * bin_value<A>(values, s.values, k); });
   } else {

@@ -113,7 +113,7 @@ GFL_DEVICE Assessment<A> assess_box(const HeadShape& s, const HeadLevel& level, 
                                      side * level.box_targets.column) /
                    stride;
   split_target(side_distance(side, point, target), static_cast<A>(s.limit), &a.left, &a.wl, &a.wr);
-  const int left = static_cast<int>(a.left);
+  const int left = index_of(a.left);
   const A z_left = left < s.bins ? z(left) - a.high : A(0),
           z_right = left + 1 < s.bins ? z(left + 1) - a.high : A(0);
   const A dfl = distribution_loss(logarithm(sum), a.wl, a.wr, z_left, z_right);

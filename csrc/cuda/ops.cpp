@@ -38,8 +38,12 @@ CurrentStream current_stream() {
 
 class Cuda {
  public:
-  explicit Cuda(const Tensor& pred)
+  template <typename... Others>
+  explicit Cuda(const Tensor& pred, const Others&... others)
       : index_(pred.get_device_index()), guard_(pred.get_device_index()) {
+    if (!(holds(pred) && ... && holds(others))) {
+      throw std::invalid_argument("gfl_native: the tensors are not all on pred's CUDA device");
+    }
     if (!current_stream())
       throw std::runtime_error("gfl_native: torch's current CUDA stream is not known");
     STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(index_, &stream_));
@@ -76,6 +80,15 @@ class Cuda {
   }
 
  private:
+  bool holds(const Tensor& tensor) const {
+    return tensor.is_cuda() && tensor.get_device_index() == index_;
+  }
+  bool holds(const std::optional<Tensor>& tensor) const { return !tensor || holds(*tensor); }
+  bool holds(const std::vector<Tensor>& tensors) const {
+    return std::all_of(tensors.begin(), tensors.end(),
+                       [this](const Tensor& t) { return holds(t); });
+  }
+
   // For sums. Torch's allocator gives it to nothing that could run beside the launch: not on
   // another stream, nor while a graph is replayed that was captured with it.
   class Workspace {

@@ -1,5 +1,7 @@
 """Localization distillation: one kernel for the loss and its gradient."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -22,10 +24,12 @@ from .launch import (
     i32,
     i64,
     in_matrix,
+    launch_again,
+    launch_first,
+    launch_key,
     lay_out,
     layout,
     loss_ops,
-    on_device,
     packed,
     scale_factor,
     stride_names,
@@ -174,6 +178,17 @@ def _launch(
     """One launch of distillation_kernel over all rows."""
     bins = pred.shape[-1]
     per_row = reduction == NONE
+    sums = loss is not None and not per_row
+    total_scale = scale / max(pred.numel() // bins, 1) if reduction == MEAN else scale
+    tensors = (pred, teacher, weight, upstream, avg_factor, loss)
+
+    def arguments(tiles: int) -> tuple[Any, ...]:
+        partials, counter = sum_workspace(pred.device, tiles) if sums else (None, None)
+        return *tensors, partials, counter, grad, 1 / temperature, total_scale
+
+    key = launch_key(distillation_kernel, (*tensors, grad), per_row)
+    if launch_again(key, arguments):
+        return
     padded = triton.next_power_of_2(bins)
     tile = max(1, (INTERPRETED_ELEMENTS if INTERPRETED else 2048) // padded)
     found = lay_out(
@@ -199,35 +214,22 @@ def _launch(
         if grad is not None:
             grad.copy_(result)
         return
-    tiles, arguments = found
-    if reduction == MEAN:
-        scale /= max(pred.numel() // bins, 1)
-    sums = loss is not None and not per_row
-    partials, counter = sum_workspace(pred.device, tiles) if sums else (None, None)
-    with on_device(pred):
-        distillation_kernel[(tiles,)](
-            pred,
-            teacher,
-            weight,
-            upstream,
-            avg_factor,
-            loss,
-            partials,
-            counter,
-            grad,
-            1 / temperature,
-            scale,
-            K=bins,
-            PADDED=padded,
-            TILE=tile,
-            LOSS=ABSENT if loss is None else PER_ROW if per_row else SCALAR,
-            UPSTREAM=ABSENT if upstream is None else PER_ROW if per_row else SCALAR,
-            ACC=acc_type(pred.dtype),
-            FAST=fast(),
-            num_warps=4,
-            enable_fp_fusion=True,
-            **arguments,
-        )
+    tiles, rows = found
+    launch_first(
+        distillation_kernel,
+        key,
+        tiles,
+        arguments,
+        K=bins,
+        PADDED=padded,
+        TILE=tile,
+        LOSS=ABSENT if loss is None else PER_ROW if per_row else SCALAR,
+        UPSTREAM=ABSENT if upstream is None else PER_ROW if per_row else SCALAR,
+        ACC=acc_type(pred.dtype),
+        FAST=fast(),
+        num_warps=4,
+        **rows,
+    )
 
 
 distillation_forward, distillation_backward = loss_ops(_launch)

@@ -1,7 +1,7 @@
 """Distribution family: one kernel for the Distribution Focal Loss and the Integral."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,11 +25,13 @@ from .launch import (
     fp64,
     i32,
     i64,
+    launch_again,
+    launch_first,
+    launch_key,
     lay_out,
     layout,
     loss_ops,
     matrix_offsets,
-    on_device,
     outputs,
     packed,
     scale_factor,
@@ -654,6 +656,17 @@ def _launch(
     """One launch of distribution_kernel over all rows. Without a target it is the integral."""
     bins = pred.shape[-1]
     per_row = reduction == NONE
+    sums = loss is not None and not per_row
+    total_scale = scale / max(pred.numel() // bins, 1) if reduction == MEAN else scale
+    rest = (weight_left, weight_right, weight, upstream, avg_factor, values, loss)
+
+    def arguments(tiles: int) -> tuple[Any, ...]:
+        partials, counter = sum_workspace(pred.device, tiles) if sums else (None, None)
+        return pred, target, *rest, partials, counter, grad, total_scale
+
+    key = launch_key(distribution_kernel, (pred, target, *rest, grad), per_row)
+    if launch_again(key, arguments):
+        return
     operands = (
         (("pred", layout(pred)), ("grad", layout(grad))),
         (
@@ -692,39 +705,24 @@ def _launch(
         min(rows["PRED_UNIT"], rows["PRED_UNIT"] if grad is None else rows["GRAD_UNIT"]),
     )
     tiles, rows = lay_out(shape.groups * shape.together, *operands)
-    if reduction == MEAN:
-        scale /= max(pred.numel() // bins, 1)
-    sums = loss is not None and not per_row
-    partials, counter = sum_workspace(pred.device, tiles) if sums else (None, None)
-    with on_device(pred):
-        distribution_kernel[(tiles,)](
-            pred,
-            target,
-            weight_left,
-            weight_right,
-            weight,
-            upstream,
-            avg_factor,
-            values,
-            loss,
-            partials,
-            counter,
-            grad,
-            scale,
-            K=bins,
-            GROUPS=shape.groups,
-            TOGETHER=shape.together,
-            VECTOR=shape.vector,
-            CHUNK=shape.chunk,
-            WIDE=shape.wide,
-            LOSS=ABSENT if loss is None else PER_ROW if per_row else SCALAR,
-            UPSTREAM=ABSENT if upstream is None else PER_ROW if per_row else SCALAR,
-            ACC=acc_type(pred.dtype),
-            FAST=fast(),
-            num_warps=shape.warps,
-            enable_fp_fusion=True,
-            **rows,
-        )
+    launch_first(
+        distribution_kernel,
+        key,
+        tiles,
+        arguments,
+        K=bins,
+        GROUPS=shape.groups,
+        TOGETHER=shape.together,
+        VECTOR=shape.vector,
+        CHUNK=shape.chunk,
+        WIDE=shape.wide,
+        LOSS=ABSENT if loss is None else PER_ROW if per_row else SCALAR,
+        UPSTREAM=ABSENT if upstream is None else PER_ROW if per_row else SCALAR,
+        ACC=acc_type(pred.dtype),
+        FAST=fast(),
+        num_warps=shape.warps,
+        **rows,
+    )
 
 
 distribution_forward, distribution_backward = loss_ops(_launch)

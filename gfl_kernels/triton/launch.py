@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -30,18 +31,88 @@ NONE, SUM, MEAN = 0, 1, 2
 
 
 _one_launch = threading.Lock()
+_there_already = nullcontext()
 
 
 def on_device(tensor: Tensor):
     """Launches go to the current device: make it the tensor's. What runs kernels on CPU tensors has
     global state, the interpreter above all: one launch at a time there.
     """
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else _one_launch
+    if not tensor.is_cuda:
+        return _one_launch
+    if tensor.get_device() == torch.cuda.current_device():
+        return _there_already
+    return torch.cuda.device(tensor.device)
 
 
 def fast() -> bool:
     """Whether the kernels may use CUDA's approximate instructions (math.py)."""
     return not INTERPRETED and driver.active.get_current_target().backend == "cuda"
+
+
+# Launches that were made before. To bind and specialise sixty arguments takes Triton longer than
+# most of the kernels run; a launch that differs from one before in the values of its numbers and
+# the addresses of its tensors alone needs none of it.
+
+
+class Launched(NamedTuple):
+    compiled: Any  # triton.compiler.CompiledKernel
+    tiles: int
+    constants: tuple[Any, ...]  # what the kernel takes after the arguments of the call
+
+
+_launched: dict[tuple[Any, ...], Launched] = {}
+_MOST_LAUNCHED = 4096
+
+
+def launch_key(kernel: Any, tensors: tuple[Tensor | None, ...], *constants: Any) -> tuple[Any, ...]:
+    """What a launch depends on besides numbers that the kernel reads at run time. tensors: those
+    it is about, pred first; constants: all else that its tile and its compilation follow from.
+    """
+    return (
+        kernel,
+        None if INTERPRETED else driver.active,  # simulated devices come and go
+        tensors[0].get_device(),  # type: ignore[union-attr]
+        constants,
+        *(
+            tensor if tensor is None
+            # Triton compiles for addresses that are multiples of 16, and for others.
+            else (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16)
+            for tensor in tensors
+        ),
+    )  # fmt: skip
+
+
+def launch_again(key: tuple[Any, ...], arguments: Callable[[int], tuple[Any, ...]]) -> bool:
+    """Repeat the launch of that key, if there has been one. arguments: those of this call, given
+    the number of tiles.
+    """
+    found = _launched.get(key)
+    if found is None:
+        return False
+    values = arguments(found.tiles)
+    with on_device(values[0]):
+        found.compiled[found.tiles, 1, 1](*values, *found.constants)
+    return True
+
+
+def launch_first(
+    kernel: Any,
+    key: tuple[Any, ...],
+    tiles: int,
+    arguments: Callable[[int], tuple[Any, ...]],
+    **constants: Any,
+) -> None:
+    """A launch by Triton's own way, which compiles; it is remembered for launch_again."""
+    values = arguments(tiles)
+    with on_device(values[0]):
+        compiled = kernel[(tiles,)](*values, enable_fp_fusion=True, **constants)
+    # On AMD the compilation depends on the sizes of storages, too; interpreted there is none.
+    if compiled is not None and fast():
+        if len(_launched) >= _MOST_LAUNCHED:
+            _launched.clear()
+        others = tuple(constants[name] for name in kernel.arg_names[len(values) :])
+        _launched[key] = Launched(compiled, tiles, others)
 
 
 def acc_type(dtype: torch.dtype):
@@ -361,7 +432,7 @@ def sum_workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
     elif torch.cuda.is_current_stream_capturing():
         return make()  # a graph may be replayed beside what runs on this stream
     else:
-        key = (device, torch.cuda.current_stream(device).cuda_stream)
+        key = (device, driver.active.get_current_stream(device.index))
     if key not in _workspaces or _workspaces[key][0].numel() < programs:
         _workspaces[key] = make()
     return _workspaces[key]

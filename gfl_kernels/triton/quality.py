@@ -1,6 +1,6 @@
 """Quality family: one kernel for every form of target and for loss, gradient, or both."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -38,12 +38,14 @@ from .launch import (
     i32,
     i64,
     in_matrix,
+    launch_again,
+    launch_first,
+    launch_key,
     lay_out,
     layout,
     load_elements,
     loss_ops,
     matrix_offsets,
-    on_device,
     packed,
     row_values,
     scale_factor,
@@ -514,6 +516,18 @@ def _launch(
         target = target.view(torch.uint8)
     per_row = reduction == NONE
     square = beta == 2
+    sums = loss is not None and not per_row
+    total_scale = scale / max(pred.numel() // classes, 1) if reduction == MEAN else scale
+
+    def arguments(tiles: int) -> tuple[Any, ...]:
+        partials, counter = sum_workspace(pred.device, tiles) if sums else (None, None)
+        given = (pred, target, score, weight, upstream, avg_factor, loss, partials, counter, grad)
+        return *given, total_scale, alpha, beta
+
+    tensors = (pred, target, score, weight, upstream, avg_factor, loss, grad)
+    key = launch_key(quality_kernel, tensors, form, flags, square, per_row)
+    if launch_again(key, arguments):
+        return
     operands = (
         (
             ("pred", layout(pred)),
@@ -559,46 +573,31 @@ def _launch(
         shifted,
     )
     tiles, rows = lay_out(shape.rows, *operands)
-    if reduction == MEAN:
-        scale /= max(pred.numel() // classes, 1)
-    sums = loss is not None and not per_row
-    partials, counter = sum_workspace(pred.device, tiles) if sums else (None, None)
-    with on_device(pred):
-        quality_kernel[(tiles,)](
-            pred,
-            target,
-            score,
-            weight,
-            upstream,
-            avg_factor,
-            loss,
-            partials,
-            counter,
-            grad,
-            scale,
-            alpha,
-            beta,
-            C=classes,
-            TILE_ROWS=shape.rows,
-            STEP=shape.step,
-            UNROLL=shape.unroll,
-            maxnreg=64 if pred.dtype is not torch.float64 else None,
-            FORM=form,
-            DETACHED=bool(flags & DETACH_WEIGHT),
-            UNIT=bool(flags & UNIT_POSITIVES),
-            SQUARE=square,
-            WEIGHT=(
-                ABSENT if weight is None else PER_ELEMENT if weight.dim() == pred.dim() else PER_ROW
-            ),
-            LOSS=ABSENT if loss is None else PER_ROW if per_row else SCALAR,
-            UPSTREAM=ABSENT if upstream is None else PER_ROW if per_row else SCALAR,
-            SHIFTED=shifted,
-            ACC=acc_type(pred.dtype),
-            FAST=fast(),
-            num_warps=shape.warps,
-            enable_fp_fusion=True,
-            **rows,
-        )
+    launch_first(
+        quality_kernel,
+        key,
+        tiles,
+        arguments,
+        C=classes,
+        TILE_ROWS=shape.rows,
+        STEP=shape.step,
+        UNROLL=shape.unroll,
+        maxnreg=64 if pred.dtype is not torch.float64 else None,
+        FORM=form,
+        DETACHED=bool(flags & DETACH_WEIGHT),
+        UNIT=bool(flags & UNIT_POSITIVES),
+        SQUARE=square,
+        WEIGHT=(
+            ABSENT if weight is None else PER_ELEMENT if weight.dim() == pred.dim() else PER_ROW
+        ),
+        LOSS=ABSENT if loss is None else PER_ROW if per_row else SCALAR,
+        UPSTREAM=ABSENT if upstream is None else PER_ROW if per_row else SCALAR,
+        SHIFTED=shifted,
+        ACC=acc_type(pred.dtype),
+        FAST=fast(),
+        num_warps=shape.warps,
+        **rows,
+    )
 
 
 quality_forward, quality_backward = loss_ops(_launch)

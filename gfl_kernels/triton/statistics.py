@@ -1,5 +1,7 @@
 """Summaries of distributions: statistics, moments, and the integral over a peak, in one kernel."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,10 +28,12 @@ from .launch import (
     fast,
     i32,
     i64,
+    launch_again,
+    launch_first,
+    launch_key,
     lay_out,
     layout,
     matrix_offsets,
-    on_device,
     packed,
     stride_names,
     tile_rows,
@@ -532,6 +536,13 @@ def _launch(
     if not pred.numel():
         return result
     bins = pred.shape[-1]
+
+    def arguments(_tiles: int) -> tuple[Any, ...]:
+        return pred, upstream, values, out, grad
+
+    key = launch_key(summary_kernel, arguments(0), kind, topk, add_mean, window)
+    if launch_again(key, arguments):
+        return result
     upstream_rows, upstream_column = _per_row(upstream, kind != PEAK)
     out_rows, out_column = _per_row(out, kind != PEAK)
     operands = (
@@ -555,31 +566,28 @@ def _launch(
         min(rows["PRED_UNIT"], rows["PRED_UNIT"] if grad is None else rows["GRAD_UNIT"]),
     )
     tiles, rows = lay_out(shape.groups * shape.together, *operands)
-    with on_device(pred):
-        summary_kernel[(tiles,)](
-            pred,
-            upstream,
-            values,
-            out,
-            grad,
-            upstream_column=upstream_column,
-            out_column=out_column,
-            KIND=kind,
-            TOPK=topk,
-            ADD_MEAN=add_mean,
-            WINDOW=window,
-            K=bins,
-            GROUPS=shape.groups,
-            TOGETHER=shape.together,
-            VECTOR=shape.vector,
-            CHUNK=shape.chunk,
-            WIDE=shape.wide,
-            ACC=acc_type(pred.dtype),
-            FAST=fast(),
-            num_warps=shape.warps,
-            enable_fp_fusion=True,
-            **rows,
-        )
+    launch_first(
+        summary_kernel,
+        key,
+        tiles,
+        arguments,
+        upstream_column=upstream_column,
+        out_column=out_column,
+        KIND=kind,
+        TOPK=topk,
+        ADD_MEAN=add_mean,
+        WINDOW=window,
+        K=bins,
+        GROUPS=shape.groups,
+        TOGETHER=shape.together,
+        VECTOR=shape.vector,
+        CHUNK=shape.chunk,
+        WIDE=shape.wide,
+        ACC=acc_type(pred.dtype),
+        FAST=fast(),
+        num_warps=shape.warps,
+        **rows,
+    )
     return result
 
 
