@@ -49,7 +49,7 @@ test: $(VENV)/.package ## All tests (PYTEST_ARGS, JOBS)
 # Other versions of Triton stand before the one of .venv on the path. A part of each file that stands for it.
 TRITON_VERSIONS := 3.6.0 3.9.0
 TRITON_COMPILED := (test_quality_sparse and nearest-True and not dtype2) or (quality_layouts and nchw) or \
-  (test_distribution and nearest-17-dtype0) or (integral and nearest-dtype0) or launches or one_compilation
+  (test_distribution and nearest-17-dtype0) or (integral and nearest-dtype0) or launches or one_compilation or one_level
 TRITON_INTERPRETED := triton and ((test_layouts and dtype1 and (contiguous or negative)) or sparse_and_dense or \
   fine_grid and 1.5-dtype0 or fine_grid and 2.0-dtype1 or triton-9 or triton-31 or triton-100)
 test-triton: $(VENV)/.package ## Some Triton tests under other versions of it, and triton-viz's sanitizer
@@ -90,6 +90,7 @@ bench-gpu: $(VENV)/.package ## Benchmarks of the ops on a GPU, one folder of ben
 	@$(PY) tests/require_gpu.py $@
 	$(PY) -m bench.run --device cuda --backend triton --out bench/out/gpu/triton $(BENCH_ARGS)
 	$(PY) -m bench.run --device cuda --backend cuda --no-compile --out bench/out/gpu/cuda $(BENCH_ARGS)
+	$(PY) -m bench.kernels --out bench/out/gpu
 
 compare-gpu: $(VENV)/.package ## Fails if bench-gpu is slower than what BASELINE, a folder of an earlier one, says
 	$(PY) -m bench.compare $(or $(BASELINE),$(error name the folder: make $@ BASELINE=...)) bench/out/gpu

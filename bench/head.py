@@ -41,7 +41,9 @@ class Inputs:
         return [*self.cls, *self.box]
 
 
-def make_inputs(channels_last: bool = False, size=SIZE, positives=POSITIVES) -> Inputs:
+def make_inputs(
+    channels_last: bool = False, size=SIZE, positives=POSITIVES, device: str = "cpu"
+) -> Inputs:
     """Positives spread over the levels as their anchors are; boxes of every size that fits."""
     random = torch.Generator().manual_seed(20201)
     cells = [(-(-size[0] // s), -(-size[1] // s)) for s in STRIDES]
@@ -56,6 +58,7 @@ def make_inputs(channels_last: bool = False, size=SIZE, positives=POSITIVES) -> 
         return [
             (torch.randn(BATCH, channels, *cell, generator=random) * spread + mean)
             .contiguous(memory_format=memory)
+            .to(device)
             .requires_grad_()
             for cell in cells
         ]
@@ -69,13 +72,13 @@ def make_inputs(channels_last: bool = False, size=SIZE, positives=POSITIVES) -> 
         sides = torch.rand(BATCH, h * w, 4, generator=random) * REG_MAX * stride
         targets.append(torch.cat([point - sides[..., :2], point + sides[..., 2:]], dim=-1))
     # As assigners leave them: views of one tensor for all levels.
-    labels = list(label.view(BATCH, total).split(counts, dim=1))
-    weights = list(torch.ones(BATCH, total).split(counts, dim=1))
-    targets = list(torch.cat(targets, dim=1).split(counts, dim=1))
+    labels = list(label.view(BATCH, total).to(device).split(counts, dim=1))
+    weights = list(torch.ones(BATCH, total, device=device).split(counts, dim=1))
+    targets = list(torch.cat(targets, dim=1).to(device).split(counts, dim=1))
     return Inputs(
         cls=logits(CLASSES, 2, -3),
         box=logits(4 * (REG_MAX + 1), 2, 0),
-        anchors=anchors,
+        anchors=[level.to(device) for level in anchors],
         labels=labels,
         weights=weights,
         targets=targets,
@@ -129,11 +132,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of a contestant and round")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--backend", help="force one of gfl_kernels' backends")
     options = parser.parse_args(arguments)
-    inputs = make_inputs(options.channels_last)
+    gfl_kernels.use_backend(options.backend)
+    inputs = make_inputs(options.channels_last, device=options.device)
     table = contestants(inputs, not options.no_compile)
     check(inputs, table)
-    watch, threads = Stopwatch(), torch.get_num_threads()
+    watch, threads = Stopwatch(options.device), torch.get_num_threads()
 
     def step(contestant):
         def run():
@@ -151,7 +157,8 @@ def main(arguments: list[str]) -> None:
     ours = samples["gfl_kernels"]
     for name, sample in samples.items():
         low, middle, high = ratio(sample, ours)
-        wanted = f", asked {REQUIRED[name]:g}" if name in REQUIRED else ""
+        asked = options.device == "cpu" and name in REQUIRED
+        wanted = f", asked {REQUIRED[name]:g}" if asked else ""
         print(
             f"{name:<14}{statistics.median(sample.seconds) * 1e3:9.2f} ms  "
             f"{middle:6.2f}x ({low:.2f} to {high:.2f}){wanted}"

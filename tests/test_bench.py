@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -11,6 +12,8 @@ import time
 import pytest
 import torch
 
+import gfl_kernels
+
 pytest.importorskip("rich", reason="the benchmark prints with rich (extra: bench)")
 pytest.importorskip("matplotlib", reason="the benchmark draws with matplotlib (extra: bench)")
 pytest.importorskip("bench", reason="bench is found from the repository root: python -m pytest")
@@ -19,6 +22,7 @@ from bench import (  # noqa: E402
     cases,
     contestants,
     head,
+    kernels,
     measure,
     overhead,
     report,
@@ -295,3 +299,41 @@ def test_overhead_is_printed(native, capsys):
     overhead.main(["--rounds", "1", "--seconds", "0.001"])
     printed = capsys.readouterr().out
     assert len(re.findall(r"[1-9][0-9.]* us", printed)) == 8
+
+
+# ---- kernels alone, on a GPU
+
+
+def test_kernels_need_a_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert kernels.main([]) == 2
+    assert "finds no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case("qfl", "sparse", (40, 7)), Case("decode", "", (40, 5), passes=(FORWARD,))],
+    ids=lambda case: case.op,
+)
+def test_kernels_are_recorded_beside_a_copy(monkeypatch, case):
+    ran = []
+
+    def once(calls):
+        if len(ran) == 2:
+            ran.append(None)
+            raise RuntimeError("operation not permitted when stream is capturing")
+        ran.append([call() for call in calls])
+        return 2e-6
+
+    monkeypatch.setattr(kernels, "time_of", once)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gfl_kernels, "backends", lambda: {"triton": "no", "cuda": "ok"})
+    monkeypatch.setattr(gfl_kernels, "use_backend", lambda name: contextlib.nullcontext())
+    rows = kernels.measure(case, device="cpu")
+    assert [row["contestant"] for row in rows] == [kernels.COPY, "eager", "cuda"]
+    assert rows[1]["us"] == 2.0 and rows[1]["times_copy"] == 1.0
+    assert rows[1]["tb_per_s"] == pytest.approx(case.bytes(rows[1]["pass"]) / 2e6)
+    assert rows[2]["us"] is None and "capturing" in rows[2]["why"]
+    assert len(ran[1]) == 16
+    assert kernels.table_of(rows).row_count == 3

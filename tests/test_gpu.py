@@ -182,6 +182,17 @@ def test_runs_on_the_current_stream():
     assert torch.equal(loss, expected.detach())
 
 
+def test_tensors_elsewhere_are_refused():
+    """Below the public functions, which name the argument: nothing reads an address of the host."""
+    x, _, (label, score), *_ = inputs()
+    for target in ((label.cpu(), score), (label, score.cpu())):
+        with pytest.raises((RuntimeError, ValueError)):
+            torch.ops.gfl_kernels.quality_forward(
+                x.detach(), *target, None, None, 0, 0, 0.0, 2.0, 1.0, 1, False
+            )
+    torch.cuda.synchronize()
+
+
 def test_second_device():
     if torch.cuda.device_count() < 2:
         pytest.skip("there is no second CUDA device")

@@ -41,7 +41,15 @@ from compiled_cases import (  # noqa: F401
     test_summaries_layouts,
     test_summaries_move_what_they_must,
 )
-from support import INTERPRETED, bin_target, dense_target, logits, sparse_target
+from support import (
+    INTERPRETED,
+    bin_target,
+    check_op,
+    dense_target,
+    logits,
+    row_weight,
+    sparse_target,
+)
 from test_head import LAYOUTS, scene
 
 import gfl_kernels
@@ -178,6 +186,52 @@ def test_a_head_has_the_same_bits_on_every_run():
             results.append((*out[:6], *torch.autograd.grad(sum(out[:3]), leaves)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_head_of_one_level():
+    """Triton 3.6 failed on the count of positives an image, summed in a loop over one level."""
+    s = scene(batch=2, classes=2, reg_max=3, sizes=((3, 4),), strides=(8,), positives=0.6)
+    leaves = [t.requires_grad_() for t in (*s.cls, *s.box)]
+    results = []
+    for backend in (simulated(), gfl_kernels.use_backend("reference")):
+        with backend:
+            out = gfl_kernels.gfl_loss(leaves[:1], leaves[1:], *s.others, **s.options)
+            results.append((*out[:6], *torch.autograd.grad(sum(out[:3]), leaves)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_launches_that_repeat_one():
+    """A call like one before goes past Triton's binding of arguments, with its own values and
+    addresses; another alignment, layout, dtype or weight is another launch."""
+    from gfl_kernels.triton import launch
+
+    def rows(seed, **kwargs):
+        x = logits(20, 16, seed=seed, **kwargs)
+        return x, sparse_target((20,), 16, seed=seed), {"avg_factor": 2.0 + seed}
+
+    x, target, options = rows(3)
+    crooked = torch.empty(20 * 16 + 1)[1:].view(20, 16).copy_(x)
+    weight = {"weight": row_weight((20,))}
+    calls = [  # (call, how many launches it adds to those that were made)
+        (rows(0), 2),
+        (rows(1), 0),
+        (rows(2), 0),
+        ((crooked, target, options), 2),
+        ((x.t().contiguous().t(), target, options), 2),
+        (rows(0, dtype=torch.bfloat16), 2),
+        (rows(4, dtype=torch.bfloat16), 0),
+        ((x, target, {**options, **weight}), 2),
+        ((x, target, {"reduction": "none"}), 2),
+        ((x, target, {"reduction": "sum"}), 0),  # as the mean over an avg_factor that is a number
+        ((x, target, {**options, "beta": 1.5}), 2),
+        ((x, target, {**options, "beta": 1.25}), 0),
+    ]
+    with simulated():
+        for (pred, target, kwargs), added in calls:
+            before = len(launch._launched)
+            check_op("quality", pred, target, what=f"{kwargs}", **kwargs)
+            assert len(launch._launched) - before == added, kwargs
 
 
 SIZES = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 128, 160, 255, 256, 257, 500, 512, 1000]

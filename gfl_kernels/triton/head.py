@@ -344,7 +344,8 @@ def finish_boxes(partials, levels, sums, normalisers, batch, DENSE: tl.constexpr
         first = tl.full((), 0.0, tl.float64)
         for start in range(0, batch, 32):
             image = start + tl.arange(0, 32)
-            count = tl.zeros((32,), tl.float64)
+            # Summed after the loops: within one, Triton 3.6 does not compile it for a single level.
+            counts = tl.zeros((32, 32), tl.float64)
             for i in tl.static_range(LEVELS):
                 begin = decode(levels[i * LEVEL_FIELDS]).to(tl.int32)
                 runs = decode(levels[i * LEVEL_FIELDS + 2])
@@ -353,10 +354,10 @@ def finish_boxes(partials, levels, sums, normalisers, batch, DENSE: tl.constexpr
                     t = tile + tl.arange(0, 32)[None, :]
                     at = begin + image[:, None] * tiles + t
                     there = (image[:, None] < batch) & (t < tiles)
-                    found = tl.load(
+                    counts += tl.load(
                         partials + 4 * at + 3, mask=there, other=0.0, cache_modifier=".cg"
                     )
-                    count += tl.sum(found, axis=1)
+            count = tl.sum(counts, axis=1)
             first += tl.sum(tl.where(image < batch, at_least_1(count), 0.0))
     tl.store(normalisers, first.to(normalisers.dtype.element_ty))
     tl.store(normalisers + 1, weight.to(normalisers.dtype.element_ty))
