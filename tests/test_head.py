@@ -762,7 +762,8 @@ def test_two_processes_have_the_gradient_of_one(native, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     done = run_python([str(script)], GFL_KERNELS_BACKEND="cpu", timeout=300)
-    assert done.returncode == 0 and done.stdout.strip() == "same", done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "same"  # Gloo talks before
 
 
 # ---- the task-aligned mode

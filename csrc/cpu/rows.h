@@ -2,6 +2,8 @@
 // memory. As all of their code with internal linkage and without std.
 #pragma once
 
+#include <type_traits>
+
 #include "../problem.h"
 #include "simd.h"
 
@@ -35,16 +37,14 @@ template <typename S>
 S to_number(S v) {
   return v;
 }
-template <typename T>
-void convert_run(const T* from, int64_t stride, int64_t n, T* to) {
-  if (stride == 1) {
-    std::memcpy(to, from, n * sizeof(T));
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i * stride];
-  }
-}
 template <typename To, typename From>
 void convert_run(const From* from, int64_t stride, int64_t n, To* to) {
+  if constexpr (std::is_same_v<From, To>) {
+    if (stride == 1) {
+      std::memcpy(to, from, n * sizeof(To));
+      return;
+    }
+  }
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(to_number(from[i * stride]));
 }
 
