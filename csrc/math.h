@@ -153,8 +153,8 @@ GFL_HD T log1m(T p) {
   return logarithm(u) - (p - (S(1) - u)) / u;
 }
 
-// exp(x).  Valid as exponential().  Good to 0.6 ulp where it is near 1; a machine whose exponential()
-// is not has its own form.
+// exp(x) where every digit of a result near 1 counts.  Valid as exponential().  A machine whose
+// exponential() is an instruction of fewer digits has its own form.
 template <typename T>
 GFL_HD T exponential_near_one(T x) {
   return exponential(x);
