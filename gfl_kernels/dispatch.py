@@ -16,6 +16,7 @@ from . import native
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+CUDA_LEVELS = 12  # csrc/cuda/shapes.h: kMaxHeadLevels
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Value checks of labels, scores and targets (they read the tensors): GFL_KERNELS_DEBUG=1.
@@ -126,7 +127,7 @@ def exporting() -> bool:
     return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
-def _obstacle(backend: str, pred: Tensor, *constants: Tensor | None) -> str | None:
+def _obstacle(backend: str, pred: Tensor, *constants: Tensor | None, levels: int = 1) -> str | None:
     """Why a fused backend cannot serve this call; constants: what it has no derivative for."""
     if backend == "cpu":
         if _cpu_error is not None:
@@ -139,6 +140,8 @@ def _obstacle(backend: str, pred: Tensor, *constants: Tensor | None) -> str | No
             return reason
         if backend == "cuda" and not pred.is_cuda:
             return f"it needs CUDA tensors, got {pred.device}"
+        if backend == "cuda" and levels > CUDA_LEVELS:
+            return f"it takes heads of at most {CUDA_LEVELS} levels, got {levels}"
         if backend == "triton" and not _triton_runs_on(pred.device.type):
             return f"it needs CUDA tensors (or TRITON_INTERPRET=1), got {pred.device}"
     if pred.dtype not in DTYPES:
@@ -154,23 +157,25 @@ def _obstacle(backend: str, pred: Tensor, *constants: Tensor | None) -> str | No
     return None
 
 
-def _candidate(pred: Tensor) -> str:
+def _candidate(pred: Tensor, levels: int = 1) -> str:
     """The backend whose turn it is: the forced one, else the one for pred's device."""
     if _forced is not None:
         return _forced
     if pred.is_cuda:  # compiled kernels are launched in a fraction of the time that Triton takes
-        return "cuda" if _why_not("cuda") is None else "triton"
+        return "cuda" if levels <= CUDA_LEVELS and _why_not("cuda") is None else "triton"
     return "cpu" if pred.is_cpu else "reference"
 
 
-def choose(op: str, pred: Tensor, *constants: Tensor | None) -> str:
-    """The backend for this call: the forced one, else the first that can run it."""
+def choose(op: str, pred: Tensor, *constants: Tensor | None, levels: int = 1) -> str:
+    """The backend for this call: the forced one, else the first that can run it. levels: those of a
+    head, of which pred is the first.
+    """
     if _forced is not None:
         _check_usable(_forced, "GFL_KERNELS_BACKEND")
-    backend = _candidate(pred)
+    backend = _candidate(pred, levels)
     if backend == "reference" or exporting():
         return "reference"
-    obstacle = _obstacle(backend, pred, *constants)
+    obstacle = _obstacle(backend, pred, *constants, levels=levels)
     if obstacle is None:
         return backend
     if _forced is None:
@@ -178,15 +183,15 @@ def choose(op: str, pred: Tensor, *constants: Tensor | None) -> str:
     raise RuntimeError(f"backend {_forced!r} cannot run {op}: {obstacle}; usable for it: reference")
 
 
-def kernel(name: str, pred: Tensor) -> Callable[..., Any]:
+def kernel(name: str, pred: Tensor, levels: int = 1) -> Callable[..., Any]:
     """The fused implementation of op ``name``; the reference is chosen above the ops."""
-    backend = _candidate(pred)
+    backend = _candidate(pred, levels)
     if _forced == "reference":
         obstacle: str | None = "use_backend('reference') is in force and the reference is not an op"
     elif backend == "reference":
         obstacle = f"no backend has kernels for {pred.device}"
     else:
-        obstacle = _obstacle(backend, pred)
+        obstacle = _obstacle(backend, pred, levels=levels)
     if obstacle is not None:
         raise RuntimeError(f"gfl_kernels::{name} has no kernel to run: {obstacle}")
     return implementation(backend, name)

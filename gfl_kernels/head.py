@@ -274,7 +274,8 @@ def _run(
     avg_factor = _check_reduction(name, "mean", avg_factor, pred)
     dense = bool(levels[5])
     normalise = partial(_normalise, avg_factor=avg_factor, dense=dense, group=process_group)
-    backend = dispatch.choose(name, pred, *(tensor for tensors in others for tensor in tensors))
+    constants = (tensor for tensors in others for tensor in tensors)
+    backend = dispatch.choose(name, pred, *constants, levels=len(cls))
     if backend == "reference" or torch.compiler.is_compiling():
         cls = [level.movedim(channel_dims[0], -1) for level in cls]
         box = [level.movedim(channel_dims[1], -1) for level in box]

@@ -210,7 +210,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
 def _dispatched(name: str, pred_index: int):
     def call(*args):
         pred = args[pred_index]
-        return dispatch.kernel(name, pred if isinstance(pred, Tensor) else pred[0])(*args)
+        if isinstance(pred, Tensor):
+            return dispatch.kernel(name, pred)(*args)
+        return dispatch.kernel(name, pred[0], len(pred))(*args)
 
     return call
 

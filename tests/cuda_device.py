@@ -328,7 +328,9 @@ class SimulatedCuda:
             mock.patch.object(
                 dispatch,
                 "_obstacle",
-                lambda name, *args: obstacle("cpu" if name == "cuda" else name, *args),
+                lambda name, *args, **kwargs: obstacle(
+                    "cpu" if name == "cuda" else name, *args, **kwargs
+                ),
             ),
             mock.patch.object(
                 dispatch,

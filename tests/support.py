@@ -26,6 +26,10 @@ from gfl_kernels import reference
 # second time, with TRITON_INTERPRET=1 and for this backend alone.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
+# Where a launch takes a tenth of a second, loops within a test take fewer of their values: there,
+# and under compute-sanitizer (`make sanitize-gpu` says so).
+THINNED = INTERPRETED or os.environ.get("GFL_TEST_THINNED") == "1"
+
 # Backend name -> device its tensors live on. A new backend joins the whole suite by one line here.
 BACKENDS = {"reference": "cpu", "cpu": "cpu"}
 if INTERPRETED or torch.cuda.is_available():
@@ -267,15 +271,13 @@ def check_op(op, pred, *args, seed=0, upstream=None, scale=1.0, grad_scale=None,
 
 
 def combinations(*axes):
-    """Every combination of the axes' values. Interpreted, where a launch takes a tenth of a second,
-    only so many that every value occurs.
-    """
-    return cycled(*axes) if INTERPRETED else list(itertools.product(*axes))
+    """Every combination of the axes' values; THINNED, only so many that every value occurs."""
+    return cycled(*axes) if THINNED else list(itertools.product(*axes))
 
 
 def thinned(values, which, of=3):
-    """All values; interpreted, one in so many, from number `which` on."""
-    return values[which % of :: of] if INTERPRETED else values
+    """All values; THINNED, one in so many, from number `which` on."""
+    return values[which % of :: of] if THINNED else values
 
 
 def cycled(*axes):
