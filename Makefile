@@ -72,7 +72,7 @@ test-triton: $(VENV)/.package ## Some Triton tests under other versions of it, a
 # On a machine with a GPU, GFL_KERNELS_BUILD=cuda and GFL_KERNELS_CUDA_ARCHITECTURES=native build what these
 # four need. Workers share the GPU: Triton's compiler is most of the time (on an H100 with 16 cores 344 tests
 # took two and a half minutes). Odd shapes run twice: as they are, and under compute-sanitizer, for which torch's
-# allocator must not hand out parts of larger blocks; there every launch takes a tenth of a second.
+# allocator must not hand out parts of larger blocks; there three of the tests took two minutes.
 GPU_TESTS := $(addprefix tests/test_,gpu.py odd_shapes.py quality.py distribution.py)
 test-gpu: $(VENV)/.package ## What a GPU alone can show, gradcheck and the odd shapes, on Triton and CUDA C++
 	@$(PY) tests/require_gpu.py $@

@@ -26,8 +26,8 @@ from gfl_kernels import reference
 # second time, with TRITON_INTERPRET=1 and for this backend alone.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
-# Where a launch takes a tenth of a second, loops within a test take fewer of their values: there,
-# and under compute-sanitizer (`make sanitize-gpu` says so).
+# Interpreted, a launch takes a tenth of a second, and under compute-sanitizer (`make sanitize-gpu`)
+# everything takes long: loops within a test take fewer of their values there.
 THINNED = INTERPRETED or os.environ.get("GFL_TEST_THINNED") == "1"
 
 # Backend name -> device its tensors live on. A new backend joins the whole suite by one line here.
