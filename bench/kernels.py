@@ -21,7 +21,7 @@ from rich.table import Table
 import gfl_kernels
 from bench import cases, contestants, machine
 from bench.cases import FORWARD, STEP, Case
-from bench.measure import copy_of
+from bench.measure import Gate, WrongResult, copy_of
 
 DEFAULT = (
     r"^(qfl (sparse|dense) \d+x80 |qfl sparse 2x80|(vfl|focal|mal|ia_bce) .*float32"
@@ -55,7 +55,9 @@ def steps(case: Case, form: Callable, leaves: list, upstream) -> list[Callable[[
 
 
 def measure(case: Case, device: str = "cuda") -> list[dict]:
-    """A row for the copy and for each contestant; "us" is None where it could not be recorded."""
+    """A row for the copy and for each contestant, which are compared with float64 before; "us" is
+    None where it could not be recorded.
+    """
     which = FORWARD if case.passes == (FORWARD,) else STEP
     inputs = contestants.make_inputs(case, device=device)
     count = max(2, min(16, CACHES // case.logit_bytes))
@@ -65,14 +67,17 @@ def measure(case: Case, device: str = "cuda") -> list[dict]:
     for name in ("triton", "cuda"):
         if gfl_kernels.backends()[name] == "ok":
             forms[name] = name, ours
+    gate = Gate(case, inputs)
     moved = case.bytes(which)
     floor = time_of([copy_of(moved, device) for _ in range(count)])
     rows = [{"contestant": COPY, "us": floor * 1e6}]
     for name, (backend, form) in forms.items():
         try:
             with gfl_kernels.use_backend(backend):
+                gate.check(name, form)
                 seconds = time_of(steps(case, form, leaves, inputs.upstream))
-        except RuntimeError as error:  # what waits for the GPU cannot be recorded
+        # What is wrong is not timed, and what waits for the GPU cannot be recorded.
+        except (WrongResult, RuntimeError) as error:
             torch.cuda.synchronize()
             rows.append({"contestant": name, "us": None, "why": str(error).splitlines()[0]})
         else:
@@ -88,7 +93,7 @@ def table_of(rows: list[dict]) -> Table:
     table = Table("case", "contestant", "us", "TB/s", "of the copy's rate")
     last = None
     for row in rows:
-        cells = ["not recorded", "", ""]
+        cells = [row.get("why", "")[:40], "", ""]
         if row["us"]:
             cells = [f"{row['us']:.2f}", f"{row['tb_per_s']:.2f}", f"{1 / row['times_copy']:.0%}"]
         table.add_row(row["case"] if row["case"] != last else "", row["contestant"], *cells)

@@ -1,8 +1,9 @@
 """``python -m bench.page``: one HTML page of all that bench/out holds, with nothing to load.
 
-Takes bench.json (also those of a GPU, gpu/*/bench.json), roofline.json and train_digits.json as
-they are found under --out, and writes report.html beside them. Figures are printed as measured;
-each part names its machine, versions, time and git revision, which need not be the same ones.
+Takes bench.json, roofline.json, train_digits.json and what a GPU has left, gpu/*/bench.json and
+gpu/kernels.json, as they are found under --out, and writes report.html beside them. Figures are
+printed as measured; each part names its machine, versions, time and git revision, which need not be
+the same ones.
 """
 
 from __future__ import annotations
@@ -210,6 +211,30 @@ def benchmark(document: dict, title: str) -> str:
     return "".join([*parts, refusals(document)])
 
 
+def gpu_kernels(document: dict) -> str:
+    """GPU time of the kernels alone, each beside a copy."""
+    lines = [
+        (
+            text(row["case"]),
+            text(row["contestant"]),
+            text(row["pass"]),
+            number(row["us"]),
+            number(row.get("tb_per_s")),
+            number(row.get("times_copy")),
+        )
+        for row in document["rows"]
+    ]
+    return "".join(
+        [
+            "<h2>Kernels on a GPU, without the host</h2>",
+            about(document),
+            "<p>Each was recorded as a CUDA graph over inputs that no cache holds, and replayed. "
+            "What waits for the GPU cannot be recorded.</p>",
+            table(("case", "contestant", "pass", "us", "TB/s", "/ copy"), lines, words=3),
+        ]
+    )
+
+
 def roofline(document: dict) -> str:
     """Counts of the compiled GPU kernels."""
     rows = [row for row in document["rows"] if "gpu" in row]
@@ -317,6 +342,7 @@ def page(out: Path) -> str:
         benchmark(document, f"Operations on a GPU, {path.parent.name}")
         for path, document in found("gpu/*/bench.json")
     ]
+    parts += [gpu_kernels(document) for _, document in found("gpu/kernels.json")]
     parts += [training(document) for _, document in found("train_digits.json")]
     parts += [roofline(document) for _, document in found("roofline.json")]
     if not parts:

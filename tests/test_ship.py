@@ -123,7 +123,13 @@ def figures(folder):
     runs = {"plain PyTorch": run, "gfl_kernels": run | {"distance_from_plain": {"rms": 1e-3}}}
     demo = context | {"runs": runs, "objections": []}
     (folder / "gpu" / "triton").mkdir(parents=True)
+    alone = {"case": "qfl <1>", "pass": "forward+backward", "bytes": 100}
+    alone = [
+        {**alone, "contestant": "copy", "us": 1.0, "tb_per_s": 2.0, "times_copy": 1.0},
+        {**alone, "contestant": "eager", "us": None, "why": "it waits"},
+    ]
     parts = {"bench": bench, "gpu/triton/bench": bench, "roofline": counts, "train_digits": demo}
+    parts["gpu/kernels"] = context | {"rows": alone}
     for name, document in parts.items():
         (folder / f"{name}.json").write_text(json.dumps(document))
 
@@ -153,7 +159,14 @@ def test_report(tmp_path):
     assert parser.open == []
     for said in ("A &lt;CPU&gt;", "revision abc1234", "15.5x", "qfl &lt;1&gt;", "QFL &amp; eager"):
         assert said in made, said
-    for title in ("on the CPU", "on a GPU, triton", "scanned digits", "counted", "Refused"):
+    for title in (
+        "on the CPU",
+        "on a GPU, triton",
+        "without the host",
+        "scanned digits",
+        "counted",
+        "Refused",
+    ):
         assert title in made, title
     assert "qfl <1>" not in made
     assert not re.search(r"(src|href)=|url\(|@import|<script", made)
