@@ -125,6 +125,11 @@ class Case:
         return len(self.shape) == 4
 
     @property
+    def forward_only(self) -> bool:
+        """What has no gradient."""
+        return self.passes == (FORWARD,)
+
+    @property
     def layout(self) -> str:
         return "NCHW" if self.nchw else "rows"
 

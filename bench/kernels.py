@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from rich.table import Table
 import gfl_kernels
 from bench import cases, contestants, machine
 from bench.cases import FORWARD, STEP, Case
-from bench.measure import Gate, WrongResult, copy_of
+from bench.measure import Gate, Stopwatch, WrongResult, copy_of, passes
 
 DEFAULT = (
     r"^(qfl (sparse|dense) \d+x80 |qfl sparse 2x80|(vfl|focal|mal|ia_bce) .*float32"
@@ -42,26 +43,18 @@ def time_of(calls: list[Callable[[], object]]) -> float:
     return do_bench_cudagraph(all_of_them, rep=20, return_mode="median") / len(calls) / 1e3
 
 
-def steps(case: Case, form: Callable, leaves: list, upstream) -> list[Callable[[], object]]:
-    def step(x):
-        if case.passes == (FORWARD,):
-            with torch.no_grad():
-                return form(x)
-        x.grad = None
-        result = form(x)
-        return result.backward(None if upstream is None else upstream.to(result.dtype))
-
-    return [lambda x=x: step(x) for x in leaves]
-
-
 def measure(case: Case, device: str = "cuda") -> list[dict]:
     """A row for the copy and for each contestant, which are compared with float64 before; "us" is
     None where it could not be recorded.
     """
-    which = FORWARD if case.passes == (FORWARD,) else STEP
+    which = FORWARD if case.forward_only else STEP
     inputs = contestants.make_inputs(case, device=device)
     count = max(2, min(16, CACHES // case.logit_bytes))
-    leaves = [inputs.logits.detach().clone().requires_grad_() for _ in range(count)]
+    copies = [
+        replace(inputs, logits=inputs.logits.detach().clone().requires_grad_())
+        for _ in range(count)
+    ]
+    watch = Stopwatch(device)
     eager, _, ours = contestants.forms(case, inputs)
     forms = {"eager": ("reference", eager)}
     for name in ("triton", "cuda"):
@@ -75,7 +68,7 @@ def measure(case: Case, device: str = "cuda") -> list[dict]:
         try:
             with gfl_kernels.use_backend(backend):
                 gate.check(name, form)
-                seconds = time_of(steps(case, form, leaves, inputs.upstream))
+                seconds = time_of([passes(copy, form, which, watch) for copy in copies])
         # What is wrong is not timed, and what waits for the GPU cannot be recorded.
         except (WrongResult, RuntimeError) as error:
             torch.cuda.synchronize()

@@ -40,7 +40,7 @@ class Run:
         say("checking against float64")
         accepted, checks = self.admit(case, inputs, table, say)
         memory = {}  # the profiler's record of a GPU's allocations has never been looked at
-        if self.options.device == "cpu" and case.passes != (cases.FORWARD,):
+        if self.options.device == "cpu" and not case.forward_only:
             memory = {name: measure.memory(inputs, form) for name, form in accepted.items()}
         wanted = case.passes if not self.options.quick else (STEP,)
         for which in wanted if accepted else ():

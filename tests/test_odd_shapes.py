@@ -15,17 +15,16 @@ from support import (
     INTERPRETED,
     LAYOUTS,
     bin_target,
+    check_op,
     combinations,
     dense_target,
     explicit_target,
     lay_out,
     logits,
-    moved,
     row_weight,
     sparse_target,
     thinned,
 )
-from support import check_op as check_op_where_it_lies
 
 # Interpreted, a dtype is one of NumPy: what differs is whether the gradient is rounded.
 DTYPES = (torch.float32, torch.bfloat16)
@@ -64,26 +63,13 @@ WIDTHS = (
 HEIGHTS = (1, 2, 3, 5, 15, 16, 17, 31, 33, 63, 64, 65)
 
 
-@pytest.fixture(autouse=True)
-def device(fused):
-    """Where this test's tensors are."""
-    global DEVICE
-    DEVICE = fused.device
-
-
-def check_op(op, pred, *args, **kwargs):
-    pred, args, kwargs = (moved(value, DEVICE) for value in (pred, args, kwargs))
-    return check_op_where_it_lies(op, pred, *args, **kwargs)
-
-
 def poison(*shapes_and_dtypes):
     """Leave NaN in the allocator's free blocks of these sizes, so that an output never written is
     not 0 by luck.
     """
     for _ in range(3):
         blocks = [
-            torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
-            for shape, dtype in shapes_and_dtypes
+            torch.full(shape, float("nan"), dtype=dtype) for shape, dtype in shapes_and_dtypes
         ]
         del blocks
 

@@ -9,16 +9,11 @@ from torch import Tensor
 
 from .distribution import in_run, row_factor, row_weight
 from .launch import (
-    ABSENT,
     INTERPRETED,
     INTERPRETED_ELEMENTS,
-    MEAN,
     NONE,
-    PER_ROW,
-    SCALAR,
-    acc_type,
     beside_columns,
-    fast,
+    extent,
     finish_sum,
     fp64,
     i32,
@@ -30,10 +25,11 @@ from .launch import (
     lay_out,
     layout,
     loss_ops,
+    loss_scale,
+    loss_workspace,
     packed,
     scale_factor,
     stride_names,
-    sum_workspace,
     tile_rows,
 )
 from .math import (
@@ -178,12 +174,11 @@ def _launch(
     """One launch of distillation_kernel over all rows."""
     bins = pred.shape[-1]
     per_row = reduction == NONE
-    sums = loss is not None and not per_row
-    total_scale = scale / max(pred.numel() // bins, 1) if reduction == MEAN else scale
+    total_scale = loss_scale(scale, reduction, pred)
     tensors = (pred, teacher, weight, upstream, avg_factor, loss)
 
     def arguments(tiles: int) -> tuple[Any, ...]:
-        partials, counter = sum_workspace(pred.device, tiles) if sums else (None, None)
+        partials, counter = loss_workspace(loss, per_row, tiles)
         return *tensors, partials, counter, grad, 1 / temperature, total_scale
 
     key = launch_key(distillation_kernel, (*tensors, grad), per_row)
@@ -223,10 +218,8 @@ def _launch(
         K=bins,
         PADDED=padded,
         TILE=tile,
-        LOSS=ABSENT if loss is None else PER_ROW if per_row else SCALAR,
-        UPSTREAM=ABSENT if upstream is None else PER_ROW if per_row else SCALAR,
-        ACC=acc_type(pred.dtype),
-        FAST=fast(),
+        LOSS=extent(loss, per_row),
+        UPSTREAM=extent(upstream, per_row),
         num_warps=4,
         **rows,
     )

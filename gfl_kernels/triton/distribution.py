@@ -9,18 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import (
-    ABSENT,
     COLUMNS,
     INTERPRETED,
     INTERPRETED_ELEMENTS,
-    MEAN,
     NONE,
-    PER_ROW,
-    SCALAR,
     SINGLE,
-    acc_type,
     beside_columns,
-    fast,
+    extent,
     finish_sum,
     fp64,
     i32,
@@ -31,12 +26,13 @@ from .launch import (
     lay_out,
     layout,
     loss_ops,
+    loss_scale,
+    loss_workspace,
     matrix_offsets,
     outputs,
     packed,
     scale_factor,
     stride_names,
-    sum_workspace,
     tile_rows,
 )
 from .math import (
@@ -656,12 +652,11 @@ def _launch(
     """One launch of distribution_kernel over all rows. Without a target it is the integral."""
     bins = pred.shape[-1]
     per_row = reduction == NONE
-    sums = loss is not None and not per_row
-    total_scale = scale / max(pred.numel() // bins, 1) if reduction == MEAN else scale
+    total_scale = loss_scale(scale, reduction, pred)
     rest = (weight_left, weight_right, weight, upstream, avg_factor, values, loss)
 
     def arguments(tiles: int) -> tuple[Any, ...]:
-        partials, counter = sum_workspace(pred.device, tiles) if sums else (None, None)
+        partials, counter = loss_workspace(loss, per_row, tiles)
         return pred, target, *rest, partials, counter, grad, total_scale
 
     key = launch_key(distribution_kernel, (pred, target, *rest, grad), per_row)
@@ -716,10 +711,8 @@ def _launch(
         VECTOR=shape.vector,
         CHUNK=shape.chunk,
         WIDE=shape.wide,
-        LOSS=ABSENT if loss is None else PER_ROW if per_row else SCALAR,
-        UPSTREAM=ABSENT if upstream is None else PER_ROW if per_row else SCALAR,
-        ACC=acc_type(pred.dtype),
-        FAST=fast(),
+        LOSS=extent(loss, per_row),
+        UPSTREAM=extent(upstream, per_row),
         num_warps=shape.warps,
         **rows,
     )

@@ -103,8 +103,11 @@ def launch_first(
     arguments: Callable[[int], tuple[Any, ...]],
     **constants: Any,
 ) -> None:
-    """A launch by Triton's own way, which compiles; it is remembered for launch_again."""
+    """A launch by Triton's own way, which compiles; it is remembered for launch_again. constants:
+    what the kernel takes by name, but ACC and FAST, and Triton's options.
+    """
     values = arguments(tiles)
+    constants |= {"ACC": acc_type(values[0].dtype), "FAST": fast()}
     with on_device(values[0]):
         compiled = kernel[(tiles,)](*values, enable_fp_fusion=True, **constants)
     # On AMD the compilation depends on the sizes of storages, too; interpreted there is none.
@@ -436,6 +439,21 @@ def sum_workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
     if key not in _workspaces or _workspaces[key][0].numel() < programs:
         _workspaces[key] = make()
     return _workspaces[key]
+
+
+def loss_workspace(loss: Tensor | None, per_row: bool, tiles: int) -> tuple[Tensor | None, ...]:
+    """(partials, counter), both None where there is no loss that is a sum."""
+    return (None, None) if loss is None or per_row else sum_workspace(loss.device, tiles)
+
+
+def loss_scale(scale: float, reduction: int, pred: Tensor) -> float:
+    """scale, by the number of rows where the loss is their mean."""
+    return scale / max(pred.numel() // pred.shape[-1], 1) if reduction == MEAN else scale
+
+
+def extent(tensor: Tensor | None, per_row: bool) -> int:
+    """What a loss or its upstream gradient is to a kernel: ABSENT, PER_ROW or SCALAR."""
+    return ABSENT if tensor is None else PER_ROW if per_row else SCALAR
 
 
 def outputs(pred: Tensor, reduction: int, write_grad: bool) -> tuple[Tensor, Tensor]:

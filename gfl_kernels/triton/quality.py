@@ -22,17 +22,14 @@ from .launch import (
     COLUMNS,
     INTERPRETED,
     INTERPRETED_ELEMENTS,
-    MEAN,
     NONE,
     PER_ELEMENT,
     PER_ROW,
     ROWS,
-    SCALAR,
-    acc_type,
     beside_columns,
     columns_ahead,
     element_mask,
-    fast,
+    extent,
     finish_sum,
     fp64,
     i32,
@@ -45,12 +42,13 @@ from .launch import (
     layout,
     load_elements,
     loss_ops,
+    loss_scale,
+    loss_workspace,
     matrix_offsets,
     packed,
     row_values,
     scale_factor,
     stride_names,
-    sum_workspace,
     tile_rows,
 )
 from .math import (
@@ -516,11 +514,10 @@ def _launch(
         target = target.view(torch.uint8)
     per_row = reduction == NONE
     square = beta == 2
-    sums = loss is not None and not per_row
-    total_scale = scale / max(pred.numel() // classes, 1) if reduction == MEAN else scale
+    total_scale = loss_scale(scale, reduction, pred)
 
     def arguments(tiles: int) -> tuple[Any, ...]:
-        partials, counter = sum_workspace(pred.device, tiles) if sums else (None, None)
+        partials, counter = loss_workspace(loss, per_row, tiles)
         given = (pred, target, score, weight, upstream, avg_factor, loss, partials, counter, grad)
         return *given, total_scale, alpha, beta
 
@@ -590,11 +587,9 @@ def _launch(
         WEIGHT=(
             ABSENT if weight is None else PER_ELEMENT if weight.dim() == pred.dim() else PER_ROW
         ),
-        LOSS=ABSENT if loss is None else PER_ROW if per_row else SCALAR,
-        UPSTREAM=ABSENT if upstream is None else PER_ROW if per_row else SCALAR,
+        LOSS=extent(loss, per_row),
+        UPSTREAM=extent(upstream, per_row),
         SHIFTED=shifted,
-        ACC=acc_type(pred.dtype),
-        FAST=fast(),
         num_warps=shape.warps,
         **rows,
     )

@@ -23,9 +23,7 @@ from .launch import (
     INTERPRETED,
     INTERPRETED_ELEMENTS,
     SINGLE,
-    acc_type,
     beside_columns,
-    fast,
     i32,
     i64,
     launch_again,
@@ -583,8 +581,6 @@ def _launch(
         VECTOR=shape.vector,
         CHUNK=shape.chunk,
         WIDE=shape.wide,
-        ACC=acc_type(pred.dtype),
-        FAST=fast(),
         num_warps=shape.warps,
         **rows,
     )
