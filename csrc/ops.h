@@ -4,6 +4,7 @@
 //   Device(const Tensor& pred, others...);      pred's device is the current one while this lives;
 //                                               refuses others that lie elsewhere
 //   Place place() const;                        where outputs are allocated
+//   static constexpr bool kSaves;                whether an integral saves anything for backward
 //   int run(const gfl_quality_args&) const;     and the same for the others
 //   int run_boxes(const gfl_head_args&) const, run(const gfl_head_args&) const;   for a head
 #pragma once
@@ -130,7 +131,7 @@ Tensor new_columns(const Place& place, const Tensor& pred, int64_t columns,
                     wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
 }
 
-// ops.new_statistics and ops.new_moments.
+// ops.new_statistics and ops.new_planes.
 Tensor new_statistics(const Place& place, const Tensor& pred, int64_t columns) {
   std::vector<int64_t> order(pred.dim());
   std::iota(order.begin(), order.end(), 0);
@@ -138,11 +139,16 @@ Tensor new_statistics(const Place& place, const Tensor& pred, int64_t columns) {
                    [&](int64_t a, int64_t b) { return pred.strides()[a] > pred.strides()[b]; });
   return new_columns(place, pred, columns, order);
 }
-Tensor new_moments(const Place& place, const Tensor& pred) {
+Tensor new_planes(const Place& place, const Tensor& pred, int64_t columns) {
   std::vector<int64_t> order(pred.dim());
   std::iota(order.begin() + 1, order.end(), 0);
   order[0] = pred.dim() - 1;
-  return new_columns(place, pred, 3, order);
+  return new_columns(place, pred, columns, order);
+}
+
+Tensor new_empty(const Place& place, int32_t dtype) {
+  const int64_t zero = 0, one = 1;
+  return new_tensor(place, 1, &zero, &one, dtype);
 }
 
 // In pred's layout, or empty.
@@ -155,8 +161,7 @@ Tensor new_gradient(const Place& place, const Tensor& pred, bool wanted) {
   if (wanted) {
     return new_tensor(place, pred.dim(), pred.sizes().data(), pred.strides().data(), dtype);
   }
-  const int64_t zero = 0, one = 1;
-  return new_tensor(place, 1, &zero, &one, dtype);
+  return new_empty(place, dtype);
 }
 
 template <typename Device>
@@ -294,16 +299,26 @@ Tensor run_summary_backward(const Tensor& grad_out, const Tensor& pred, Args arg
 }
 
 template <typename Device>
-Tensor integral_forward(Tensor pred, std::optional<Tensor> bins, int64_t window) {
+std::tuple<Tensor, Tensor> integral_forward(Tensor pred, std::optional<Tensor> bins, int64_t window,
+                                            bool save) {
   const Device device(pred, bins);
-  return run_summary(device, new_loss(device.place(), pred, true), pred, integral_args(window),
-                     bins, &gfl_integral_args::bins);
+  save = save && Device::kSaves;
+  Tensor out = new_loss(device.place(), pred, true);
+  Tensor saved = save ? new_planes(device.place(), pred, 2)
+                      : new_empty(device.place(), aoti_torch_dtype_float32());
+  const View s(saved);
+  gfl_integral_args args = integral_args(window);
+  if (save) args.saved = s.get();
+  return {run_summary(device, out, pred, args, bins, &gfl_integral_args::bins), saved};
 }
 
 template <typename Device>
-Tensor integral_backward(Tensor grad_out, Tensor pred, std::optional<Tensor> bins, int64_t window) {
-  return run_summary_backward<Device>(grad_out, pred, integral_args(window), bins,
-                                      &gfl_integral_args::bins);
+Tensor integral_backward(Tensor grad_out, Tensor pred, std::optional<Tensor> bins, int64_t window,
+                         std::optional<Tensor> saved) {
+  const View s(saved);
+  gfl_integral_args args = integral_args(window);
+  args.saved = s.get();
+  return run_summary_backward<Device>(grad_out, pred, args, bins, &gfl_integral_args::bins);
 }
 
 template <typename Device>
@@ -322,7 +337,7 @@ Tensor statistics_backward(Tensor grad_out, Tensor pred, int64_t topk, bool add_
 template <typename Device>
 Tensor moments_forward(Tensor pred, std::optional<Tensor> bins) {
   const Device device(pred, bins);
-  return run_summary(device, new_moments(device.place(), pred), pred, gfl_moments_args{}, bins,
+  return run_summary(device, new_planes(device.place(), pred, 3), pred, gfl_moments_args{}, bins,
                      &gfl_moments_args::bins);
 }
 

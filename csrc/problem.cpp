@@ -194,19 +194,21 @@ DistributionProblem describe(const char* name, const gfl_distribution_args& args
 
 namespace {
 
-// What the summaries of a row have in common. columns: of out.
+// What the summaries of a row have in common. columns: of out. saved: an integral's.
 template <typename Args>
 DistributionProblem describe_summary(const char* name, const Args& args, DistributionKind kind,
-                                     int64_t columns) {
+                                     int64_t columns, const gfl_view* saved = nullptr) {
   DistributionProblem d{};
   Problem problem(name, args.pred, "K");
   const gfl_dtype dtype = accumulator(args.pred->dtype);
   problem.add("pred", args.pred, &d.pred, true);
   problem.add_columns("grad_out", args.grad_out, &d.grad_loss, columns);
   problem.add_columns("out", args.out, &d.loss, columns);
+  problem.add_columns("saved", saved, &d.saved, 2);
   problem.add("grad", args.grad, &d.grad, true);
   problem.need_dtype("grad", args.grad, args.pred->dtype);
   problem.need_dtype("out", args.out, dtype);
+  problem.need_dtype("saved", saved, dtype);
   problem.need_dtype("grad_out", args.grad_out, dtype);
   if (args.grad && !args.grad_out) fail(std::string(name) + ": grad needs grad_out");
   if (problem.columns() < 1) fail(std::string(name) + ": pred must have at least one bin");
@@ -232,7 +234,7 @@ void check_bins(const char* name, const gfl_view* bins, const DistributionProble
 }  // namespace
 
 DistributionProblem describe(const char* name, const gfl_integral_args& args) {
-  DistributionProblem d = describe_summary(name, args, kExpectation, kOne);
+  DistributionProblem d = describe_summary(name, args, kExpectation, kOne, args.saved);
   check_bins(name, args.bins, d);
   if (args.mode == GFL_INTEGRAL_PEAK && args.window >= 0) {
     d.window = args.window;

@@ -45,6 +45,7 @@ struct DistributionProblem {
   // Of statistics and moments, grad_loss and loss have columns.
   Operand pred, target, weight_left, weight_right, weight, grad_loss, loss, grad;
   Operand values;  // [K], of the accumulation type
+  Operand saved;   // an expectation's two columns: gfl_integral_args
   double scale;
   int32_t window;  // bins beside the highest one that an expectation is over; -1: all
   int32_t topk;

@@ -419,7 +419,18 @@ def integral(
         return reference.integral(pred, bins=bins, bin_dim=bin_dim, mode=mode, window=window)
     # A window that takes in all bins everywhere is the mean.
     window = window if mode == "peak" and window < pred.shape[bin_dim] - 1 else -1
-    return _summary("integral", backend, _last(pred, bin_dim), bins, window)
+    pred = _last(pred, bin_dim)
+    save = (
+        backend == "cpu"
+        and window < 0
+        and pred.requires_grad
+        and torch.is_grad_enabled()
+        and pred.is_contiguous()
+    )
+    if torch.compiler.is_compiling():
+        out, _ = torch.ops.gfl_kernels.integral_forward(pred, bins, window, save)
+        return out
+    return ops.apply_integral(backend, pred, bins, window, save)
 
 
 def distribution_statistics(

@@ -75,9 +75,13 @@ SCHEMAS = {
     "distribution_forward": f"({_DISTRIBUTION}, bool write_grad) -> (Tensor loss, Tensor grad)",
     "distribution_backward": f"(Tensor grad_loss, {_DISTRIBUTION}) -> Tensor",
     # bins holds the value of each bin; 0, 1, 2, ... without it. window: the bins beside the highest
-    # one that count; all do if it is negative.
-    "integral_forward": "(Tensor pred, Tensor? bins, int window=-1) -> Tensor",
-    "integral_backward": "(Tensor grad_out, Tensor pred, Tensor? bins, int window=-1) -> Tensor",
+    # one that count; all do if it is negative. save: also return what spares backward a second look
+    # at whole rows, [..., 2] as gfl_kernels.h has it (gfl_integral_args); on a CPU alone, else and
+    # without save it is empty.
+    "integral_forward": "(Tensor pred, Tensor? bins, int window=-1, bool save=False) "
+    "-> (Tensor out, Tensor saved)",
+    "integral_backward": "(Tensor grad_out, Tensor pred, Tensor? bins, int window=-1, "
+    "Tensor? saved=None) -> Tensor",
     # [..., topk], and their mean behind them, in memory as pred is: new_statistics.
     "statistics_forward": "(Tensor pred, int topk, bool add_mean) -> Tensor",
     "statistics_backward": "(Tensor grad_out, Tensor pred, int topk, bool add_mean) -> Tensor",
@@ -135,6 +139,17 @@ def new_integral(pred: Tensor, *_) -> Tensor:
     return pred.new_empty(pred.shape[:-1], dtype=accumulate_dtype(pred.dtype))
 
 
+def new_saved(pred: Tensor, save: bool) -> Tensor:
+    """What an integral leaves for backward, to be written: [..., 2], or empty."""
+    if save and pred.device.type == "cpu":
+        return _new_planes(pred, 2)
+    return pred.new_empty(0, dtype=torch.float32)
+
+
+def _fake_integral(pred: Tensor, bins=None, window=-1, save=False) -> tuple[Tensor, Tensor]:
+    return new_integral(pred), new_saved(pred, save)
+
+
 def new_statistics(pred: Tensor, topk: int, add_mean: bool) -> Tensor:
     """[..., topk + add_mean], to be written, without gaps. Its dimensions lie in memory in the
     order of pred's: planes for pred in planes, as the convolution behind reads them.
@@ -150,7 +165,11 @@ def new_statistics(pred: Tensor, topk: int, add_mean: bool) -> Tensor:
 
 def new_moments(pred: Tensor, *_) -> Tensor:
     """[..., 3], to be written, each of the three without gaps."""
-    shape = (3, *pred.shape[:-1])
+    return _new_planes(pred, 3)
+
+
+def _new_planes(pred: Tensor, columns: int) -> Tensor:
+    shape = (columns, *pred.shape[:-1])
     return pred.new_empty(shape, dtype=accumulate_dtype(pred.dtype)).movedim(0, -1)
 
 
@@ -192,7 +211,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "quality_backward": _fake_backward,
     "distribution_forward": _fake_forward,
     "distribution_backward": _fake_backward,
-    "integral_forward": new_integral,
+    "integral_forward": _fake_integral,
     "integral_backward": _fake_backward,
     "statistics_forward": new_statistics,
     "statistics_backward": _fake_backward,
@@ -291,8 +310,36 @@ def _loss_function(family: str) -> Any:
     return type(name, (torch.autograd.Function,), methods)
 
 
-# What a row's distribution comes to, and how many tensors the ops of it begin with: pred, bins.
-_SUMMARIES = {"integral": 2, "statistics": 1, "moments": 2}
+def _derivative(ctx, name: str) -> Callable[..., Any]:
+    """The op ``name`` for an eager backward: that of the backend that ran forward, or with
+    create_graph=True the one whose own derivative is refused by name.
+    """
+    if torch.is_grad_enabled():
+        op: Callable[..., Any] = getattr(torch.ops.gfl_kernels, name)
+        return op
+    return dispatch.implementation(ctx.backend, name)
+
+
+class Integral(torch.autograd.Function):
+    """A backend, then what ``gfl_kernels::integral_forward`` takes."""
+
+    @staticmethod
+    def forward(ctx, backend, pred, bins, window, save):
+        out, saved = dispatch.implementation(backend, "integral_forward")(pred, bins, window, save)
+        ctx.save_for_backward(pred, bins, saved if save else None)
+        ctx.backend, ctx.window = backend, window
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        pred, bins, saved = ctx.saved_tensors
+        op = _derivative(ctx, "integral_backward")
+        return None, op(grad_out, pred, bins, ctx.window, saved), None, None, None
+
+
+# What else a row's distribution comes to, and how many tensors the ops of it begin with: pred, and
+# bins.
+_SUMMARIES = {"statistics": 1, "moments": 2}
 
 
 class DistributionSummary(torch.autograd.Function):
@@ -309,11 +356,7 @@ class DistributionSummary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        name = f"{ctx.which}_backward"
-        if torch.is_grad_enabled():
-            op: Callable[..., Any] = getattr(torch.ops.gfl_kernels, name)
-        else:
-            op = dispatch.implementation(ctx.backend, name)
+        op = _derivative(ctx, f"{ctx.which}_backward")
         grad = op(grad_out, *ctx.saved_tensors, *ctx.constants)
         return None, None, grad, *[None] * ctx.others
 
@@ -420,6 +463,7 @@ def _are_ones(upstream: Sequence[Tensor | None]) -> bool:
 apply_loss = {
     family: super(torch.autograd.Function, _loss_function(family)).apply for family in _LOSSES
 }
+apply_integral = super(torch.autograd.Function, Integral).apply
 apply_distribution_summary = super(torch.autograd.Function, DistributionSummary).apply
 apply_head_loss = super(torch.autograd.Function, HeadLoss).apply
 
@@ -467,6 +511,25 @@ for _family, (_, _tensors) in _LOSSES.items():
     _register_loss_autograd(_family, _tensors)
 for _which, _tensors in _SUMMARIES.items():
     _register_summary_autograd(_which, _tensors)
+
+
+def _setup_integral(ctx, inputs, output) -> None:
+    pred, bins, ctx.window, save = inputs
+    ctx.save_for_backward(pred, bins, output[1] if save else None)
+
+
+def _integral_backward(ctx, grad_out, _grad_of_saved):
+    pred, bins, saved = ctx.saved_tensors
+    grad = torch.ops.gfl_kernels.integral_backward(grad_out, pred, bins, ctx.window, saved)
+    return grad, None, None, None
+
+
+torch.library.register_autograd(
+    "gfl_kernels::integral_forward",
+    _integral_backward,
+    setup_context=_setup_integral,
+    lib=_libraries[0],
+)
 
 
 def _setup_head(ctx, inputs, output) -> None:

@@ -67,7 +67,7 @@ ARGUMENTS = {  # as in gfl_kernels.h
         "pred target weight_left weight_right weight avg_factor grad_loss loss grad", _SCALE
     ),
     "integral": _struct(
-        "pred bins grad_out out grad", ("mode", ctypes.c_int32), ("window", ctypes.c_int32)
+        "pred bins grad_out out grad saved", ("mode", ctypes.c_int32), ("window", ctypes.c_int32)
     ),
     "statistics": _struct(
         "pred grad_out out grad", ("topk", ctypes.c_int32), ("add_mean", ctypes.c_int32)
@@ -440,10 +440,11 @@ class SimulatedCuda:
         self.run("distribution", numbers, **tensors, grad_loss=upstream, grad=grad)
         return grad
 
-    def integral_forward(self, pred, bins, window=-1):
-        return self._summary("integral", ops.new_integral(pred), _peak(window), pred, bins=bins)
+    def integral_forward(self, pred, bins, window=-1, save=False):
+        out = self._summary("integral", ops.new_integral(pred), _peak(window), pred, bins=bins)
+        return out, ops.new_saved(pred, save).zero_()
 
-    def integral_backward(self, upstream, pred, bins, window=-1):
+    def integral_backward(self, upstream, pred, bins, window=-1, saved=None):
         return self._gradient("integral", upstream, _peak(window), pred, bins=bins)
 
     def statistics_forward(self, pred, topk, add_mean):

@@ -181,11 +181,14 @@ def test_opcheck_integral(native):
     for form in (pred, sides, pred.bfloat16(), pred.double(), pred[:0]):
         dtype = torch.float64 if form.dtype == torch.float64 else torch.float32
         for bins in (None, torch.randn(5, dtype=dtype)):
-            torch.library.opcheck(
-                ops.integral_forward.default, (form.detach().requires_grad_(), bins)
-            )
+            for save in (False, True):
+                leaf = form.detach().requires_grad_()
+                torch.library.opcheck(ops.integral_forward.default, (leaf, bins, -1, save))
             upstream = random_upstream(torch.empty(form.shape[:-1], dtype=dtype))
-            torch.library.opcheck(ops.integral_backward.default, (upstream, form.detach(), bins))
+            _, saved = ops.integral_forward(form.detach(), bins, -1, True)
+            for kept in (None, saved):
+                inputs = (upstream, form.detach(), bins, -1, kept)
+                torch.library.opcheck(ops.integral_backward.default, inputs)
 
 
 def test_opcheck_summaries(native):

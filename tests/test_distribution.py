@@ -695,3 +695,64 @@ def test_logits_far_from_zero(fused, dtype, bins, offset):
     target = bin_target((900,), bins, device=fused.device)
     check_op("distribution", pred, target, reduction="none", what=f"offset {offset}")
     check_op("integral", pred, scale=bins, what=f"offset {offset}")
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("bins", [8, 13, 16, 17, 33, 64])
+def test_what_an_integral_saves(native, dtype, bins):
+    """Each row's mean and 1 / sum_k exp(z_k), or 0; gradients that use it are those that do not."""
+    ops = torch.ops.gfl_native
+    rows = 531  # blocks of 256, groups of 64, and vectors of 16 all leave some
+    pred = logits(rows, bins, dtype=dtype, extremes=False)
+    y = torch.randn(bins, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    out, saved = ops.integral_forward(pred, y, -1, True)
+    assert saved.shape == (rows, 2) and saved.dtype == out.dtype
+    mean, inverse = saved.unbind(-1)
+    assert torch.equal(mean, out)
+    used = inverse != 0
+    assert used[:512].all()
+    truth = 1 / pred.double().exp().sum(-1)
+    torch.testing.assert_close(
+        inverse[used], truth[used].to(out.dtype), rtol=1e-13 if pred.itemsize == 8 else 2e-6, atol=0
+    )
+    upstream = torch.randn_like(out)
+    plain = ops.integral_backward(upstream, pred, y)
+    poisoned = torch.full_like(pred, NAN)  # the memory that the next allocation is likely to get
+    del poisoned
+    grad = ops.integral_backward(upstream, pred, y, -1, saved)
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    torch.testing.assert_close(grad, plain, rtol=4 * eps, atol=4 * eps * float(y.abs().max()))
+    # It really is what the gradient is computed from.
+    saved[:, 1] *= 2
+    twice = ops.integral_backward(upstream, pred, y, -1, saved)
+    torch.testing.assert_close(twice[used], 2 * grad[used], rtol=2 * eps, atol=2 * eps * tiny)
+    assert torch.equal(twice[~used], grad[~used])
+
+
+def test_an_integral_saves_nothing_that_it_cannot_use(native):
+    """Far from 0 or apart from each other, rows keep a 0, and their gradients their precision."""
+    near = logits(256, 17, extremes=False)
+    wide = near.clone()
+    wide[5, 3] = 90.0
+    for pred, what in ((near + 60, "far"), (wide, "wide"), (near.t().contiguous().t(), "strided")):
+        _, saved = torch.ops.gfl_native.integral_forward(pred, None, -1, True)
+        assert not saved[:, 1].any(), what
+        check_op("integral", pred, scale=17, what=what)
+    _, saved = torch.ops.gfl_native.integral_forward(near, None, 1, True)
+    assert not saved[:, 1].any(), "of a peak"
+    _, saved = torch.ops.gfl_native.integral_forward(near, None, -1, False)
+    assert saved.numel() == 0
+
+
+def test_an_integral_may_be_changed_in_place(backend):
+    """As the eager operations' result may: what backward needs of it is a copy."""
+    pred = logits(300, 17, device=backend.device, extremes=False)
+    upstream = random_upstream(torch.empty(300)).to(backend.device)
+    grads = []
+    for in_place in (False, True):
+        leaf = pred.clone().requires_grad_()
+        distance = integral(leaf)
+        distance = distance.mul_(8.0) if in_place else distance * 8.0
+        distance.backward(upstream)
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)

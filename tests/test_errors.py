@@ -446,6 +446,10 @@ def test_ops_refuse_what_would_break_memory(native):
         torch.ops.gfl_kernels.integral_forward(z(3, 5), z(4))
     with pytest.raises((RuntimeError, ValueError), match=r"must have"):
         torch.ops.gfl_kernels.integral_backward(z(2), z(3, 5), None)
+    with pytest.raises((RuntimeError, ValueError), match=r"saved must have shape \(3, 2\)"):
+        torch.ops.gfl_kernels.integral_backward(z(3), z(3, 5), None, -1, z(3))
+    with pytest.raises((RuntimeError, ValueError), match=r"saved has the wrong dtype"):
+        torch.ops.gfl_kernels.integral_backward(z(3), z(3, 5), None, -1, z(3, 2).double())
     with pytest.raises((RuntimeError, ValueError), match=r"topk is larger"):
         torch.ops.gfl_kernels.statistics_forward(z(3, 5), 6, True)
     with pytest.raises((RuntimeError, ValueError), match=r"must have"):

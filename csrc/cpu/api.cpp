@@ -147,7 +147,7 @@ double run_distribution(DistributionProblem d) {
   d.big_grad = d.grad.data && logits * element_bytes(d.grad.dtype) >= kStreamed;
   using D = DistributionProblem;
   return run_blocks(table().distribution, d, d.bins, &D::pred, &D::target, &D::weight_left,
-                    &D::weight_right, &D::weight, &D::grad_loss, &D::loss, &D::grad);
+                    &D::weight_right, &D::weight, &D::grad_loss, &D::loss, &D::saved, &D::grad);
 }
 
 // The bins' values, packed and in the type the kernels compute in; lives as long as they are read.

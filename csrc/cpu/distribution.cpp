@@ -145,7 +145,7 @@ class Bundle {
     GFL_EACH_GROUP w[u] = first_lanes(w[u], groups[u].lanes);
     Vs loss = distribution_loss(logarithm(sum), wl, wr, z_left, z_right);
     loss = select(w == A(0), w, loss * w);
-    if (p_.loss.data) write_values(r, groups, loss * static_cast<A>(p_.scale));
+    if (p_.loss.data) write_values(p_.loss, r, groups, loss * static_cast<A>(p_.scale));
     if (p_.grad.data) {
       const Vs factor = w * static_cast<A>(p_.scale);
       const Vs left_part = wl * factor, right_part = wr * factor,
@@ -181,7 +181,11 @@ class Bundle {
     });
     const Vs inverse = reciprocal(sums[0] + sums[1]),
              expectation = (moments[0] + moments[1]) * inverse;
-    if (p_.loss.data) write_values(r, groups, expectation);
+    if (p_.loss.data) write_values(p_.loss, r, groups, expectation);
+    if (p_.saved.data) {
+      write_values(p_.saved, r, groups, expectation);
+      write_values(p_.saved, r, groups, Vs{}, 1);
+    }
     if (p_.grad.data) {
       const Vs factor = inverse * gather(weight_, groups);
       each_bin([&](int64_t k, int) __attribute__((always_inline)) {
@@ -223,9 +227,9 @@ class Bundle {
     m.variance = (squares[0] + squares[1]) * inverse;
     const Vs std = square_root(m.variance);
     if (p_.loss.data) {
-      write_values(r, groups, m.mean);
-      write_values(r, groups, std, 1);
-      write_values(r, groups, logarithm(sum) - m.mean_s, 2);
+      write_values(p_.loss, r, groups, m.mean);
+      write_values(p_.loss, r, groups, std, 1);
+      write_values(p_.loss, r, groups, logarithm(sum) - m.mean_s, 2);
     }
     if (p_.grad.data) {
       m.by_mean = upstream(r, groups, 0);
@@ -261,10 +265,10 @@ class Bundle {
     if (p_.loss.data) {
       Vs total{};
       for (int64_t j = 0; j < topk; ++j) {
-        write_values(r, groups, top[j], j);
+        write_values(p_.loss, r, groups, top[j], j);
         total = total + top[j];
       }
-      if (p_.add_mean) write_values(r, groups, total * share, topk);
+      if (p_.add_mean) write_values(p_.loss, r, groups, total * share, topk);
     }
     if (backward) {
       const Vs of_mean = p_.add_mean ? upstream(r, groups, topk) * share : Vs{};
@@ -349,7 +353,7 @@ class Bundle {
       const V inverse = reciprocal(sum);
       const V loss =
           w * distribution_loss(V{}, wl, wr, logarithm(left * inverse), logarithm(right * inverse));
-      if (p_.loss.data) write_lanes(r + first + g, loss * scale);
+      if (p_.loss.data) write_lanes(p_.loss, r + first + g, loss * scale);
       total = total + loss;
       if (grad) {
         // The gradient is share (e_k - wl part [k = l] - wr part [k = r]), so what is written needs
@@ -373,7 +377,7 @@ class Bundle {
       }
       for (int g = 0; g < n; g += kN) {
         const V share = load(shares + g);
-        flat_grads(bins, grad, g, n,
+        flat_grads(bins, e_ + g * bins, grad + g * bins, g + kN == n && grad != g_,
                    [&](V e, int64_t, const auto& each)
                        __attribute__((always_inline)) { return e * each(share); });
       }
@@ -386,10 +390,14 @@ class Bundle {
     for (int g = 0; g < n; g += kN) {
       const Sums<V> sums = moments_of_flat(bins, e_ + g * bins, y_);
       const V inverse = reciprocal(sums.sum), expectation = inverse * sums.moment;
-      if (p_.loss.data) write_lanes(r + first + g, expectation);
+      if (p_.loss.data) write_lanes(p_.loss, r + first + g, expectation);
+      if (p_.saved.data && p_.loss.data) {
+        write_lanes(p_.saved, r + first + g, expectation);
+        write_lanes(p_.saved, r + first + g, shift_ == 0 ? inverse : V{}, 1);
+      }
       if (grad) {
         const V factor = inverse * load(weight_ + first + g);
-        flat_grads(bins, grad, g, n,
+        flat_grads(bins, e_ + g * bins, grad + g * bins, g + kN == n && grad != g_,
                    [&](V e, int64_t i, const auto& each) __attribute__((always_inline)) {
                      return expectation_grad(e * each(factor), load(y_ + i), each(expectation));
                    });
@@ -398,26 +406,53 @@ class Bundle {
     return V{};
   }
 
-  // grad = f(exponentials, their bins' place in y_, each) for kN of the n rows from g on; each as
-  // in each_vector.
-  template <int K, typename F>
-  __attribute__((always_inline)) void flat_grads(Bins<K> bins, A* grad, int g, int n, const F& f) {
-    const A* const from = e_ + g * bins;
-    A* const to = grad + g * bins;
+  // Whether forward saved what the gradients of n rows without gaps need.
+  bool is_saved(int64_t r, int n) const {
+    const Operand& o = p_.saved;
+    if (!o.data || p_.loss.data || !p_.grad.data || o.row[inner_] != 1) return false;
+    V missing{};
+    for (int i = 0; i < n; i += kN) {
+      const V inverse = load(value(o, r + i, 1));
+      missing = missing + select(inverse == A(0), broadcast<V>(A(1)), V{});
+    }
+    return sum_lanes(missing) == 0;
+  }
+
+  // The integral's gradients of n rows that have been saved.
+  template <int K, typename S>
+  __attribute__((noinline)) void saved_grads(Bins<K> bins, int64_t r, int first, int n, const S* z,
+                                             S* grad) {
+    for (int g = 0; g < n; g += kN) {
+      const A* const saved = value(p_.saved, r + first + g);
+      const V expectation = load(saved),
+              factor = load(saved + p_.saved.column) * load(weight_ + first + g);
+      flat_grads(bins, z + g * bins, grad + g * bins, g + kN == n,
+                 [&](V x, int64_t i, const auto& each) __attribute__((always_inline)) {
+                   return expectation_grad(exponential<true>(x) * each(factor), load(y_ + i),
+                                           each(expectation));
+                 });
+    }
+  }
+
+  // to = f(from, their bins' place in y_, each) for kN rows; each as in each_vector. last: no
+  // memory behind these rows is theirs.
+  template <int K, typename From, typename To, typename F>
+  __attribute__((always_inline)) void flat_grads(Bins<K> bins, const From* from, To* to, bool last,
+                                                 const F& f) {
     if constexpr (K > 0) {
       const auto whole = [&](const auto& put) __attribute__((always_inline)) {
         each_vector<V, K>([&](int i, const auto& each) __attribute__((always_inline)) {
           put(to + i, f(load(from + i), i, each));
         });
       };
-      if (streams_) {
-        whole([](A* p, V v) __attribute__((always_inline)) { stream(p, v); });
-      } else {
-        whole([](A* p, V v) __attribute__((always_inline)) { store(p, v); });
+      if constexpr (sizeof(To) == sizeof(A)) {
+        if (streams_) {
+          return whole([](To* p, V v) __attribute__((always_inline)) { stream(p, v); });
+        }
       }
+      whole([](To* p, V v) __attribute__((always_inline)) { store(p, v); });
     } else {
-      // Row by row: the last vector of a row spills into the next, which comes after. Behind the
-      // last row there is room in g_ alone.
+      // Row by row: the last vector of a row spills into the next, which comes after.
 #pragma GCC unroll 16
       for (int i = 0; i < kN; ++i) {
         const auto each = [i](V by_row)
@@ -425,11 +460,11 @@ class Bundle {
         const int64_t row = i * bins;
         int64_t k = 0;
         for (; k + kN < bins; k += kN) store(to + row + k, f(load(from + row + k), k, each));
-        const V rest = f(load(from + row + k), k, each);
-        if (g + i == n - 1 && grad != g_) {
-          store_first(to + row + k, rest, static_cast<int>(bins - k));
+        if (last && i == kN - 1) {
+          const int rest = static_cast<int>(bins - k);
+          store_first(to + row + k, f(load_first(from + row + k, rest), k, each), rest);
         } else {
-          store(to + row + k, rest);
+          store(to + row + k, f(load(from + row + k), k, each));
         }
       }
     }
@@ -454,25 +489,26 @@ class Bundle {
     return maximum(high[0], high[1]);
   }
 
-  A* losses(int64_t row, int64_t column = 0) const {
-    return reinterpret_cast<A*>(p_.loss.data) + at(p_.loss, row) + column * p_.loss.column;
+  A* value(const Operand& o, int64_t row, int64_t column = 0) const {
+    return reinterpret_cast<A*>(o.data) + at(o, row) + column * o.column;
   }
 
   // A value per row of the groups, out to memory, in from upstream or from an array of the block.
-  void write_values(int64_t r, const Group* groups, const Vs& values, int64_t column = 0) {
+  void write_values(const Operand& o, int64_t r, const Group* groups, const Vs& values,
+                    int64_t column = 0) {
     GFL_EACH_GROUP {
       if (groups[u].together) {
-        write_lanes(r + groups[u].first, values[u], column);
+        write_lanes(o, r + groups[u].first, values[u], column);
         continue;
       }
       for (int i = 0; i < groups[u].lanes; ++i) {
-        *losses(r + groups[u].row(i), column) = values[u][i];
+        *value(o, r + groups[u].row(i), column) = values[u][i];
       }
     }
   }
-  void write_lanes(int64_t row, V values, int64_t column = 0) {
-    if (p_.loss.row[inner_] == 1) return store(losses(row, column), values);
-    for (int i = 0; i < kN; ++i) *losses(row + i, column) = values[i];
+  void write_lanes(const Operand& o, int64_t row, V values, int64_t column = 0) {
+    if (o.row[inner_] == 1) return store(value(o, row, column), values);
+    for (int i = 0; i < kN; ++i) *value(o, row + i, column) = values[i];
   }
   Vs upstream(int64_t r, const Group* groups, int64_t column) const {
     const Operand& o = p_.grad_loss;
@@ -506,6 +542,7 @@ class Bundle {
   const int inner_;
   const int64_t bins_;
   bool streams_ = false;  // gradients of rows without gaps go past the caches
+  A shift_ = 0;           // of the exponentials of rows without gaps
   // Exponentials, gradients and the bins' values, these once for every lane if there are gradients,
   // with a vector's room behind.
   A *e_ = nullptr, *g_ = nullptr, *y_ = nullptr;
@@ -524,7 +561,7 @@ class Distribution : Bundle<Accumulator<S>> {
   using Group = typename Base::Group;
   using Base::at, Base::is_integral;
   using Base::bins_, Base::e_, Base::g_, Base::index_, Base::inner_, Base::more_, Base::p_,
-      Base::streams_, Base::weight_, Base::y_, Base::z_;
+      Base::shift_, Base::streams_, Base::weight_, Base::y_, Base::z_;
   using Base::kFlatRows, Base::kGroups, Base::kN, Base::kRows;
 
  public:
@@ -577,6 +614,12 @@ class Distribution : Bundle<Accumulator<S>> {
       if (flat_ && active == n && g % kFlatRows == 0) {
         const int rows = smaller(kFlatRows, (n - g) / kN * kN);
         const S* const z = logits(r + g);
+        if (rows > 0 && this->is_saved(r + g, rows)) {
+          with_bins(bins_,
+                    [&](auto bins) { this->saved_grads(bins, r, g, rows, z, grads(r + g)); });
+          step = rows;
+          continue;
+        }
         const S* const also = p_.grad.data && !streams_ ? grads(r + g) : z;
         if (rows > 0 && exponentials(z, also, rows * bins_, &shift_, e_)) {
           total = total + flat(r, g, rows);
@@ -729,12 +772,11 @@ class Distribution : Bundle<Accumulator<S>> {
         S* const row = grads(r + i);
         for (int64_t k = 0; k < bins_; ++k) row[k * p_.grad.column] = S{};
       }
-      if (p_.loss.data) *this->losses(r + i) = 0;
+      if (p_.loss.data) *this->value(p_.loss, r + i) = 0;
     }
   }
 
   bool flat_;
-  A shift_ = 0;  // of the exponentials of rows without gaps
 };
 
 }  // namespace

@@ -5,6 +5,7 @@ namespace gfl {
 namespace {
 
 struct Cpu {
+  static constexpr bool kSaves = true;
   // The dispatcher sends here what is on the CPU in all its tensors.
   template <typename... Others>
   explicit Cpu(const Tensor&, const Others&...) {}

@@ -38,6 +38,7 @@ CurrentStream current_stream() {
 
 class Cuda {
  public:
+  static constexpr bool kSaves = false;
   template <typename... Others>
   explicit Cuda(const Tensor& pred, const Others&... others)
       : index_(pred.get_device_index()), guard_(pred.get_device_index()) {

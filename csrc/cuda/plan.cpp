@@ -662,6 +662,7 @@ static void plan_summary(DistributionProblem d, const gfl_view* bins, Plan* plan
 }
 
 void plan(const char* name, const gfl_integral_args& args, Plan* plan) {
+  if (args.saved) fail(std::string(name) + ": saved is for CPUs");
   plan_summary(describe(name, args), args.bins, plan);
 }
 

@@ -610,16 +610,27 @@ def moments_backward(upstream: Tensor, pred: Tensor, bins: Tensor | None) -> Ten
     return _launch(MOMENTS, pred, packed_bins(bins), upstream=upstream, grad=grad)
 
 
-def integral_forward(pred: Tensor, bins: Tensor | None, window: int = -1) -> Tensor:
-    """gfl_kernels::integral_forward: the expectation of each row."""
+def integral_forward(
+    pred: Tensor, bins: Tensor | None, window: int = -1, save: bool = False
+) -> tuple[Tensor, Tensor]:
+    """gfl_kernels::integral_forward: the expectation of each row, and zeros for what these kernels
+    do not save.
+    """
+    saved = ops.new_saved(pred, save)
+    if saved.numel():
+        saved.zero_()
     if window < 0:
-        return distribution.integral_forward(pred, bins)
+        return distribution.integral_forward(pred, bins), saved
     out = ops.new_integral(pred)
-    return _launch(PEAK, pred, packed_bins(bins), window=window, out=out)
+    return _launch(PEAK, pred, packed_bins(bins), window=window, out=out), saved
 
 
 def integral_backward(
-    upstream: Tensor, pred: Tensor, bins: Tensor | None, window: int = -1
+    upstream: Tensor,
+    pred: Tensor,
+    bins: Tensor | None,
+    window: int = -1,
+    saved: Tensor | None = None,
 ) -> Tensor:
     """gfl_kernels::integral_backward: pred's gradient."""
     if window < 0:

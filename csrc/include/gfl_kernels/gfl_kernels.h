@@ -125,13 +125,18 @@ GFL_API int gfl_distribution_cuda(const gfl_distribution_args* args, void* works
 /* What an Integral is over: all bins, or those at most `window` from the highest one. */
 typedef enum { GFL_INTEGRAL_MEAN = 0, GFL_INTEGRAL_PEAK = 1 } gfl_integral_mode;
 
-/* Integral: E = sum_k y_k softmax(z)_k, y = 0, 1, ... without bins. */
+/* Integral: E = sum_k y_k softmax(z)_k, y = 0, 1, ... without bins.
+ *
+ * saved: what a call that writes out leaves for a later one that writes grad, of the same pred and
+ * bins: each row's E and 1 / sum_k exp(z_k), or 0 where the latter is of no use. With it the
+ * gradient of rows without gaps needs no sums. On CPUs alone. */
 typedef struct {
   const gfl_view* pred;     /* [..., K] */
   const gfl_view* bins;     /* [K] optional */
   const gfl_view* grad_out; /* [...] upstream gradient, needed with grad */
   const gfl_view* out;      /* [...] optional; float32, float64 for float64 */
   const gfl_view* grad;     /* [..., K] optional */
+  const gfl_view* saved;    /* [..., 2] optional, out's dtype; written with out, else read */
   int32_t mode;             /* a gfl_integral_mode */
   int32_t window;           /* of GFL_INTEGRAL_PEAK, >= 0 */
 } gfl_integral_args;
