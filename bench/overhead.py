@@ -1,7 +1,8 @@
 """``python -m bench.overhead``: what a call on small logits consists of.
 
 Microseconds of a step, forward + backward, of the least that autograd takes, of an empty Function,
-of the op alone and of the public function; on the shapes of make bench that are small.
+of the op alone, of a Function that calls the op with arguments made long before and hands out the
+gradient that it saved, and of the public function; on the shapes of make bench that are small.
 """
 
 from __future__ import annotations
@@ -35,6 +36,24 @@ class Empty(torch.autograd.Function):
         return torch.empty_like(x)
 
 
+def bare(forward, taken: list):
+    """loss of x, x among what was taken: a Function without checks, choices and other paths."""
+
+    class Bare(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            loss, grad = forward(*taken)
+            ctx.save_for_backward(grad)
+            return loss
+
+        @staticmethod
+        def backward(ctx, grad_loss):
+            (grad,) = ctx.saved_tensors
+            return grad if grad_loss.item() == 1 else grad * grad_loss
+
+    return Bare.apply
+
+
 def parts(case: Case) -> dict:
     """name -> a call, each the whole or a part of the last one."""
     inputs = contestants.make_inputs(case)
@@ -47,6 +66,7 @@ def parts(case: Case) -> dict:
         def run():
             x.grad = None
             function(x).backward()
+            return x.grad
 
         return run
 
@@ -54,6 +74,7 @@ def parts(case: Case) -> dict:
         "x.sum(), a step": step(Tensor.sum),
         "an empty Function, a step": step(Empty.apply),
         "the op alone, with its gradient": lambda: forward(*taken),
+        "the op in a bare Function, a step": step(bare(forward, taken)),
         "gfl_kernels, a step": step(ours),
     }
 
