@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -127,7 +127,9 @@ def exporting() -> bool:
     return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
-def _obstacle(backend: str, pred: Tensor, *constants: Tensor | None, levels: int = 1) -> str | None:
+def _obstacle(
+    backend: str, pred: Tensor, constants: Sequence[Tensor | None], levels: int
+) -> str | None:
     """Why a fused backend cannot serve this call; constants: what it has no derivative for."""
     if backend == "cpu":
         if _cpu_error is not None:
@@ -175,7 +177,7 @@ def choose(op: str, pred: Tensor, *constants: Tensor | None, levels: int = 1) ->
     backend = _candidate(pred, levels)
     if backend == "reference" or exporting():
         return "reference"
-    obstacle = _obstacle(backend, pred, *constants, levels=levels)
+    obstacle = _obstacle(backend, pred, constants, levels)
     if obstacle is None:
         return backend
     if _forced is None:
@@ -191,7 +193,7 @@ def kernel(name: str, pred: Tensor, levels: int = 1) -> Callable[..., Any]:
     elif backend == "reference":
         obstacle = f"no backend has kernels for {pred.device}"
     else:
-        obstacle = _obstacle(backend, pred, levels=levels)
+        obstacle = _obstacle(backend, pred, (), levels)
     if obstacle is not None:
         raise RuntimeError(f"gfl_kernels::{name} has no kernel to run: {obstacle}")
     return implementation(backend, name)

@@ -260,7 +260,8 @@ def _gradient(ctx, grad_loss: Tensor, name: str, backend: str | None) -> Tensor:
     """pred's gradient, out of what _save kept. name: the backward op; backend: the one that ran
     forward eagerly, None within the dispatcher.
     """
-    *tensors, grad = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    tensors, grad = saved[:-1], saved[-1]
     if torch.is_grad_enabled():
         # create_graph=True: through the op, whose own derivative is refused by name
         # (_refuse_backward).
@@ -296,15 +297,16 @@ def _loss_function(family: str) -> Any:
     op takes, pred included, as one tuple: an argument of its own costs a quarter of a microsecond.
     """
     name, tensors = _LOSSES[family]
+    forward_op, backward_op = f"{family}_forward", f"{family}_backward"
 
     def forward(ctx, backend, pred, inputs):
-        loss, grad = dispatch.implementation(backend, f"{family}_forward")(*inputs)
+        loss, grad = dispatch.implementation(backend, forward_op)(*inputs)
         _save(ctx, tensors, inputs, grad)
         ctx.backend = backend
         return loss
 
     def backward(ctx, grad_loss):
-        return None, _gradient(ctx, grad_loss, f"{family}_backward", ctx.backend), None
+        return None, _gradient(ctx, grad_loss, backward_op, ctx.backend), None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), methods)
