@@ -21,7 +21,7 @@ NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt gfl_kernels/_version.py
   $(wildcard cmake/*) $(wildcard python/*) $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc python tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help venv demo demo-mmdet demo-ultralytics gallery test test-triton test-asan asan-objects check-isa test-gpu sanitize-gpu \
+.PHONY: help venv demo demo-mmdet demo-ultralytics gallery test test-triton test-asan asan-objects check-isa check-oldest test-gpu sanitize-gpu \
   bench bench-quick bench-gpu compare-gpu roofline report docs api lint format wheel test-wheel sdist ci clean
 
 help: ## This list
@@ -137,6 +137,9 @@ build/asan/.built: $(VENV)/.package $(wildcard gfl_kernels/*.py)
 
 check-isa: $(VENV)/.package ## No code of one instruction set may be shared with the others
 	$(BIN)/cmake --build build/native-$(BUILD_TAG) --target check_isa_symbols
+
+check-oldest: $(VENV)/.package ## What sees torch has to compile against the oldest torch that serves
+	$(PY) tests/oldest.py
 
 # The variable: Material for MkDocs advertises its successor on every build.
 docs: $(VENV)/.package ## The documentation, strictly, in build/site

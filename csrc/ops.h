@@ -23,6 +23,10 @@
 
 #include "gfl_kernels/gfl_kernels.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.10 has it without STABLE_
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace gfl {
 namespace {
 

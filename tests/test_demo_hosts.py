@@ -11,6 +11,7 @@ pytest.importorskip("bench", reason="bench is found from the repository root: py
 
 from bench import hosts, train_hosts  # noqa: E402
 from bench.train_digits import Size  # noqa: E402
+from gfl_kernels import dispatch  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -20,6 +21,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_short_demo_from_end_to_end(host, request, tmp_path, monkeypatch):
     request.getfixturevalue(host)
     monkeypatch.setattr(train_hosts, "QUICK", Size(steps=3, batch_size=2, scenes=6, held_out=2))
+    chosen, choose = [], dispatch.choose
+
+    def note(*args, **kwargs):
+        chosen.append(choose(*args, **kwargs))
+        return chosen[-1]
+
+    monkeypatch.setattr(dispatch, "choose", note)
     threads = torch.get_num_threads()
     try:
         assert train_hosts.main([host, "--quick", "--out", str(tmp_path)]) == 0
@@ -28,7 +36,8 @@ def test_a_short_demo_from_end_to_end(host, request, tmp_path, monkeypatch):
     report = json.loads((tmp_path / f"train_{host}.json").read_text())
     assert (tmp_path / f"train_{host}.png").read_bytes().startswith(b"\x89PNG")
     plain, ours, control = report["runs"].values()
-    assert len(plain["curve"]) == 3 and plain["curve"] != ours["curve"]
+    assert len(plain["curve"]) == len(ours["curve"]) == 3
+    assert set(chosen) == {"cpu"}, "a run was not on the kernels"
     # Before rounding has had time to grow
     assert abs(ours["curve"][0] / plain["curve"][0] - 1) < 1e-6
     for run in (plain, ours, control):
