@@ -41,9 +41,9 @@ def headers(version):
 def main():
     (oldest,) = re.findall(r'"torch>=([0-9.]+)"', (ROOT / "pyproject.toml").read_text())
     build = ROOT / "build" / f"native-torch-{oldest}"
-    options = ("-DGFL_PYTHON=OFF", "-DGFL_DISPATCH=OFF", "-DGFL_CUDA_ARCHITECTURES=90")
-    torch = headers(f"{oldest}.0")
-    run(BIN / "cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options, f"-DGFL_TORCH_ROOT={torch}")
+    options = ["-DGFL_PYTHON=OFF", "-DGFL_DISPATCH=OFF", "-DGFL_CUDA_ARCHITECTURES=90"]
+    options.append(f"-DGFL_TORCH_ROOT={headers(oldest + '.0')}")
+    run(BIN / "cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options)
     listed = run(BIN / "ninja", "-C", build, "-t", "targets", "all", capture_output=True, text=True)
     objects = OBJECTS.findall(listed.stdout)
     assert any(name.endswith("cpu/ops.cpp.o") for name in objects), listed.stdout
