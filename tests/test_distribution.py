@@ -729,6 +729,22 @@ def test_what_an_integral_saves(native, dtype, bins):
     assert torch.equal(twice[~used], grad[~used])
 
 
+def test_backward_does_not_write_what_an_integral_saved(native):
+    """Not where an upstream gradient of 0 sends a block another way either: the next backward of a
+    graph that is kept gives the same bits.
+    """
+    pred = logits(531, 17, extremes=False)
+    _, saved = torch.ops.gfl_native.integral_forward(pred, None, -1, True)
+    before, upstream = saved.clone(), random_upstream(saved[:, 0])
+    first = torch.ops.gfl_native.integral_backward(upstream, pred, None, -1, saved)
+    masked = upstream.clone()
+    masked[::3] = 0
+    grad = torch.ops.gfl_native.integral_backward(masked, pred, None, -1, saved)
+    assert not grad[::3].any() and torch.equal(saved, before)
+    again = torch.ops.gfl_native.integral_backward(upstream, pred, None, -1, saved)
+    assert torch.equal(again, first)
+
+
 def test_an_integral_saves_nothing_that_it_cannot_use(native):
     """Far from 0 or apart from each other, rows keep a 0, and their gradients their precision."""
     near = logits(256, 17, extremes=False)

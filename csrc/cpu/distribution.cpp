@@ -33,6 +33,8 @@ class Bundle {
 
   int64_t at(const Operand& o, int64_t row) const { return row * o.row[inner_]; }
   bool is_integral() const { return p_.kind == kExpectation; }
+  // Forward writes p_.saved, backward reads it.
+  bool saves() const { return p_.saved.data && p_.loss.data; }
 
   // weight_: the weight times the upstream gradient of each row of a block, and 1 up to a whole
   // vector. False if all are 1.
@@ -182,7 +184,7 @@ class Bundle {
     const Vs inverse = reciprocal(sums[0] + sums[1]),
              expectation = (moments[0] + moments[1]) * inverse;
     if (p_.loss.data) write_values(p_.loss, r, groups, expectation);
-    if (p_.saved.data) {
+    if (saves()) {
       write_values(p_.saved, r, groups, expectation);
       write_values(p_.saved, r, groups, Vs{}, 1);
     }
@@ -391,7 +393,7 @@ class Bundle {
       const Sums<V> sums = moments_of_flat(bins, e_ + g * bins, y_);
       const V inverse = reciprocal(sums.sum), expectation = inverse * sums.moment;
       if (p_.loss.data) write_lanes(p_.loss, r + first + g, expectation);
-      if (p_.saved.data && p_.loss.data) {
+      if (saves()) {
         write_lanes(p_.saved, r + first + g, expectation);
         write_lanes(p_.saved, r + first + g, shift_ == 0 ? inverse : V{}, 1);
       }
