@@ -801,7 +801,7 @@ def test_automatic_choice(monkeypatch):
     with FakeTensorMode():  # of more levels than a launch has room for
         x = torch.zeros(3, 17, device="cuda")
         assert [dispatch.choose("gfl_loss", x, levels=n) for n in (12, 13)] == ["cuda", "triton"]
-        assert dispatch._obstacle("cuda", x, levels=13) == (
+        assert dispatch._obstacle("cuda", x, (), 13) == (
             "it takes heads of at most 12 levels, got 13"
         )
     assert choice(None, "no") == "triton"
