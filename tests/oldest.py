@@ -25,7 +25,8 @@ def headers(version):
     """A folder as GflTorch.cmake wants it, with a stand-in for the library."""
     folder = ROOT / "build" / f"torch-{version}"
     torch = folder / "torch"
-    if not (torch / "lib").exists():
+    library = torch / "lib" / "libtorch_cpu.so"
+    if not library.exists():
         pip = (sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check")
         run(*pip, "--no-deps", "--no-cache-dir", "--dest", folder, f"torch=={version}")
         (wheel,) = folder.glob("torch-*.whl")
@@ -33,8 +34,8 @@ def headers(version):
             wanted = ("torch/include/", "torch/version.py")
             archive.extractall(folder, [m for m in archive.namelist() if m.startswith(wanted)])
         wheel.unlink()
-        (torch / "lib").mkdir()
-    (torch / "lib" / "libtorch_cpu.so").touch()
+        library.parent.mkdir()
+        library.touch()
     return torch
 
 
@@ -42,6 +43,7 @@ def main():
     (oldest,) = re.findall(r'"torch>=([0-9.]+)"', (ROOT / "pyproject.toml").read_text())
     build = ROOT / "build" / f"native-torch-{oldest}"
     options = ["-DGFL_PYTHON=OFF", "-DGFL_DISPATCH=OFF", "-DGFL_CUDA_ARCHITECTURES=90"]
+    options.append(f"-DCMAKE_MAKE_PROGRAM={BIN / 'ninja'}")  # the system need not have one
     options.append(f"-DGFL_TORCH_ROOT={headers(oldest + '.0')}")
     run(BIN / "cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options)
     listed = run(BIN / "ninja", "-C", build, "-t", "targets", "all", capture_output=True, text=True)

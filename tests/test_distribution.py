@@ -21,6 +21,7 @@ from support import (
     gradcheck,
     lay_out,
     logits,
+    poison,
     random_upstream,
     row_weight,
 )
@@ -717,8 +718,7 @@ def test_what_an_integral_saves(native, dtype, bins):
     )
     upstream = torch.randn_like(out)
     plain = ops.integral_backward(upstream, pred, y)
-    poisoned = torch.full_like(pred, NAN)  # the memory that the next allocation is likely to get
-    del poisoned
+    poison((pred.shape, dtype))
     grad = ops.integral_backward(upstream, pred, y, -1, saved)
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     torch.testing.assert_close(grad, plain, rtol=4 * eps, atol=4 * eps * float(y.abs().max()))

@@ -21,6 +21,7 @@ from support import (
     explicit_target,
     lay_out,
     logits,
+    poison,
     row_weight,
     sparse_target,
     thinned,
@@ -61,17 +62,6 @@ WIDTHS = (
     129,
 )
 HEIGHTS = (1, 2, 3, 5, 15, 16, 17, 31, 33, 63, 64, 65)
-
-
-def poison(*shapes_and_dtypes):
-    """Leave NaN in the allocator's free blocks of these sizes, so that an output never written is
-    not 0 by luck.
-    """
-    for _ in range(3):
-        blocks = [
-            torch.full(shape, float("nan"), dtype=dtype) for shape, dtype in shapes_and_dtypes
-        ]
-        del blocks
 
 
 def poison_for(pred):
