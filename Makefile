@@ -183,7 +183,7 @@ ci: ## Everything that the project's CI runs
 
 clean: ## Remove what was built, but not .venv
 	rm -rf build dist bench/out gfl_kernels.egg-info gfl_kernels/lib gfl_kernels/include
-	rm -f gfl_kernels/_C.* gfl_kernels/_build_report.json $(VENV)/.package
+	rm -f gfl_kernels/_C.* gfl_kernels/_autograd.* gfl_kernels/_build_report.json $(VENV)/.package
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The first interpreter of at least 3.10 that can make virtual environments.

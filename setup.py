@@ -30,10 +30,11 @@ REBUILD = "pip install setuptools pybind11 ninja cmake && pip install --no-build
 
 
 class BuildError(Exception):
-    def __init__(self, why, hint):
+    def __init__(self, why, hint, output=""):
         super().__init__(f"{why}; {hint}")
         self.why = why
         self.hint = hint
+        self.output = output
 
 
 def build_mode():
@@ -70,7 +71,13 @@ def checked_run(step, command, build_dir):
     raise BuildError(
         f"{step} failed: {text[:300]}",
         "for the whole output run: GFL_KERNELS_BUILD=cpu pip install -v --no-build-isolation .",
+        done.stdout,
     )
+
+
+def plain(why):
+    """As it may go through CMake into JSON."""
+    return re.sub(r"[^\w .,:()<>=+/-]", " ", why)
 
 
 def forget_tools(build_dir):
@@ -95,19 +102,33 @@ def build_native(build_dir, prefix, cuda, why_not=""):
     configure += [f"-DGFL_CUDA={cuda}", f"-DGFL_CUDA_ARCHITECTURES={architectures}"]
     configure += [f"-DGFL_CUDA_WHY_NOT={why_not}"]
     configure += shlex.split(os.environ.get("GFL_KERNELS_CMAKE_ARGS", ""))
+    compile_all = [cmake, "--build", str(build_dir)]
     checked_run("configuration", configure, build_dir)
-    checked_run("compilation", [cmake, "--build", str(build_dir)], build_dir)
+    try:
+        checked_run("compilation", compile_all, build_dir)
+    except BuildError as error:
+        # It uses more of torch than the stable ABI: one may come whose headers it does not fit.
+        if not re.search(r"^FAILED: .*\b_autograd\.dir", error.output, re.M):
+            raise
+        configure += ["-DGFL_AUTOGRAD=OFF", f"-DGFL_AUTOGRAD_WHY_NOT={plain(error.why)}"]
+        checked_run("configuration", configure, build_dir)
+        checked_run("compilation", compile_all, build_dir)
     # Only now, and by unlinking: a running program may have the old library mapped.
     remove_native(prefix)
     install = [cmake, "--install", str(build_dir), "--prefix", str(prefix)]
     checked_run("installation", install, build_dir)
 
 
+def built_files(package):
+    """What a build leaves beside the sources of the package, but for lib and include."""
+    return [f for name in ("_C.*", "_autograd.*", "_build_report.json") for f in package.glob(name)]
+
+
 def remove_native(package):
     for folder in ("lib", "include"):
         shutil.rmtree(package / folder, ignore_errors=True)
-    for file in [*package.glob("_C.*"), package / "_build_report.json"]:
-        file.unlink(missing_ok=True)
+    for file in built_files(package):
+        file.unlink()
 
 
 class BuildPy(build_py):
@@ -154,8 +175,7 @@ class BuildNative(build_ext):
             objects = build_dir.glob("CMakeFiles/gfl_native.dir/csrc/cuda")
             if not error.why.startswith("compilation") or not any(objects):
                 raise
-            why = re.sub(r"[^\w .,:()<>=+/-]", " ", error.why)  # goes through CMake into JSON
-            build_native(build_dir, package, "OFF", why)
+            build_native(build_dir, package, "OFF", plain(error.why))
 
     def leave_out(self, package, error):
         print(f"gfl_kernels: pure Python only, the native library is left out: {error}")
@@ -179,7 +199,7 @@ class BuildNative(build_ext):
         if self.inplace or self.editable_mode:
             return []
         package = Path(self.build_lib) / "gfl_kernels"
-        made = [*package.glob("_C.*"), *package.glob("_build_report.json")]
+        made = built_files(package)
         made += [f for folder in ("lib", "include") for f in (package / folder).rglob("*")]
         return [str(f) for f in made if f.is_file()]
 

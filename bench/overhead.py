@@ -2,7 +2,8 @@
 
 Microseconds of a step, forward + backward, of the least that autograd takes, of an empty Function,
 of the op alone, of a Function that calls the op with arguments made long before and hands out the
-gradient that it saved, and of the public function; on the shapes of make bench that are small.
+gradient that it saved, and of the public function, with its way through Python and as it is; on the
+shapes of make bench that are small.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import contestants, machine
 from bench.cases import CASES, Case
@@ -54,13 +57,26 @@ def bare(forward, taken: list):
     return Bare.apply
 
 
+def in_python(call):
+    """call as it is where gfl_kernels._autograd does not fit torch."""
+
+    def run():
+        kept, dispatch._autograd = dispatch._autograd, None
+        try:
+            return call()
+        finally:
+            dispatch._autograd = kept
+
+    return run
+
+
 def parts(case: Case) -> dict:
     """name -> a call, each the whole or a part of the last one."""
     inputs = contestants.make_inputs(case)
     x, ours = inputs.logits, contestants.ours(case, inputs)
     family = "quality" if case.op == "qfl" else "distribution"
     forward = dispatch.implementation("cpu", f"{family}_forward")
-    taken = _arguments(ours(x))
+    taken = _arguments(ours, x)
 
     def step(function):
         def run():
@@ -75,14 +91,32 @@ def parts(case: Case) -> dict:
         "an empty Function, a step": step(Empty.apply),
         "the op alone, with its gradient": lambda: forward(*taken),
         "the op in a bare Function, a step": step(bare(forward, taken)),
+        "gfl_kernels in Python, a step": in_python(step(ours)),
         "gfl_kernels, a step": step(ours),
     }
 
 
-def _arguments(loss: Tensor) -> list:
-    """What the op was called with, as its Function keeps it."""
-    *tensors, _ = loss.grad_fn.saved_tensors
-    return [tensors[0].detach(), *tensors[1:], *loss.grad_fn.constants, True]
+class _Recorder(TorchDispatchMode):
+    """Keeps what the ops of gfl_native are called with. Under a mode the public functions go
+    through Python.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "gfl_native":
+            self.calls.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+def _arguments(loss: Callable[[Tensor], Tensor], x: Tensor) -> list:
+    """What the op of a loss is called with."""
+    with _Recorder() as recorder:
+        loss(x)
+    (taken,) = recorder.calls
+    return [taken[0].detach(), *taken[1:]]
 
 
 def main(arguments: list[str]) -> None:

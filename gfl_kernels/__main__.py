@@ -39,6 +39,9 @@ def report() -> str:
     lines += [f"  {name:<10}{state}" for name, state in backends().items()]
     left_out = native.build_report().get("left_out") or {}
     lines += [f"  left out of the build: {what}: {why}" for what, why in left_out.items()]
+    if native.library() is not None:
+        through = f"Python: {native.autograd_why_not()}" if native.autograd() is None else "C++"
+        lines.append(f"  calls reach the CPU kernels through {through}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines += ["", f"what runs for a float32 tensor on {device}:"]
     sample = torch.zeros(1, 2, device=device)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ DEBUG = os.environ.get("GFL_KERNELS_DEBUG", "0") not in ("", "0")
 # the environment that makes no sense is reported by the first call, since importing never fails.
 _forced: str | None = os.environ.get("GFL_KERNELS_BACKEND") or None
 _cpu_error: str | None = native.why_not()
+_autograd: ModuleType | None = native.autograd()
 
 
 def backends() -> dict[str, str]:
@@ -183,6 +185,16 @@ def choose(op: str, pred: Tensor, *constants: Tensor | None, levels: int = 1) ->
     if _forced is None:
         return "reference"
     raise RuntimeError(f"backend {_forced!r} cannot run {op}: {obstacle}; usable for it: reference")
+
+
+def compiled_calls() -> ModuleType | None:
+    """gfl_kernels._autograd where a call may begin there: its functions take the arguments of the
+    public ones, and if these are the usual ones for the CPU kernels do the rest in C++, otherwise
+    return None. What they take, `choose` would have given to "cpu".
+    """
+    if _forced not in (None, "cpu") or DEBUG or torch.compiler.is_compiling():
+        return None
+    return _autograd
 
 
 def kernel(name: str, pred: Tensor, levels: int = 1) -> Callable[..., Any]:

@@ -407,6 +407,11 @@ def integral(
         TypeError, ValueError, RuntimeError: as :func:`quality_focal_loss`.
     """
     name = "integral"
+    compiled = dispatch.compiled_calls()
+    if compiled is not None:
+        out = compiled.integral(pred, bins, bin_dim, mode, window)
+        if out is not None:
+            return out
     _check_pred(name, pred, bin_dim, "K", "bin_dim")
     bins = _bin_values(name, bins, pred.shape[bin_dim], pred)
     if mode not in ("mean", "peak"):
@@ -698,6 +703,13 @@ def _quality_family(
     elementwise: "none" is a loss per element and "mean" is over elements, as in torchvision and in
     mmdetection where the loss of a row has not been summed first.
     """
+    compiled = dispatch.compiled_calls()
+    if compiled is not None:
+        loss = compiled.quality(
+            pred, target, *rule, weight, avg_factor, reduction, class_dim, loss_weight, elementwise
+        )
+        if loss is not None:
+            return loss
     form, flags, alpha, beta = rule
     _check_pred(name, pred, class_dim, "C", "class_dim")
     rows = _rows(pred, class_dim)
@@ -784,6 +796,13 @@ def _distribution_focal_loss(
 ) -> Tensor:
     """distribution_focal_loss with a loss weight folded in."""
     name = "distribution_focal_loss"
+    compiled = dispatch.compiled_calls()
+    if compiled is not None:
+        loss = compiled.distribution(
+            pred, target, weight, avg_factor, reduction, bin_dim, loss_weight
+        )
+        if loss is not None:
+            return loss
     _check_pred(name, pred, bin_dim, "K", "bin_dim")
     rows = _rows(pred, bin_dim)
     if isinstance(target, (tuple, list)):

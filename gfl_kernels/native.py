@@ -6,7 +6,9 @@ import ctypes
 import json
 import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -66,6 +68,38 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if loaded.gfl_cpu_isa() is None:
         return None, loaded.gfl_last_error().decode()
     return loaded, None
+
+
+@cache
+def autograd() -> ModuleType | None:
+    """gfl_kernels._autograd, or None: autograd_why_not() says why."""
+    return _load_autograd()[0]
+
+
+def autograd_why_not() -> str | None:
+    """Why small calls on a CPU take their way through Python; None if they do not."""
+    return _load_autograd()[1]
+
+
+@cache
+def _load_autograd() -> tuple[ModuleType | None, str | None]:
+    if library() is None:
+        return None, why_not()
+    report = build_report()
+    left_out = (report.get("left_out") or {}).get("autograd")
+    if left_out:
+        return None, f"gfl_kernels._autograd was not built: {left_out}"
+    # Before it is loaded: what it uses of torch has no stable ABI.
+    built_against = build_info()["built_against_torch"]
+    if built_against != torch.__version__:
+        return None, (
+            f"gfl_kernels._autograd was built against torch {built_against}, and this is "
+            f"{torch.__version__}. To build it again: pip install --no-build-isolation ."
+        )
+    try:
+        return import_module("._autograd", __package__), None
+    except ImportError as error:
+        return None, f"gfl_kernels._autograd could not be loaded: {error}"
 
 
 @cache

@@ -1,6 +1,5 @@
 """Fixtures every test file uses; the helpers they rest on are in support.py."""
 
-import contextlib
 import gc
 import os
 import types
@@ -10,9 +9,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
-from support import BACKENDS, FUSED, INTERPRETED, Backend, cycled, expected, why_not
+from support import BACKENDS, FUSED, INTERPRETED, cycled, force, need
 
-import gfl_kernels
 from gfl_kernels.adapters import restore
 from gfl_kernels.adapters.mmdet import allow_mmcv_lite
 
@@ -28,40 +26,22 @@ else:
     hypothesis.settings.load_profile("ci" if derandomised else "default")
 
 
-def _usable(name):
-    reason = why_not(name)
-    if reason is None:
-        return
-    if expected(name):
-        pytest.fail(f"backend {name!r} is expected here, but not usable: {reason}")
-    pytest.skip(f"backend {name!r} is not usable: {reason}")
-
-
-def _force(name):
-    _usable(name)
-    here = Backend(name, BACKENDS[name])
-    # Tensors that a test makes without saying where lie where the backend wants them.
-    place = contextlib.nullcontext() if here.device == "cpu" else torch.device(here.device)
-    with gfl_kernels.use_backend(name), place:
-        yield here
-
-
 @pytest.fixture(params=list(BACKENDS))
 def backend(request):
     """Each usable backend in turn, forced for the length of the test."""
-    yield from _force(request.param)
+    yield from force(request.param)
 
 
 @pytest.fixture(params=list(FUSED))
 def fused(request):
     """Each usable backend with hand-written kernels, forced for the length of the test."""
-    yield from _force(request.param)
+    yield from force(request.param)
 
 
 @pytest.fixture
 def native():
     """For tests that need the compiled library itself."""
-    _usable("cpu")
+    need("cpu")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Each op of the installed native library against the reference, without pytest.
 
-    python tests/smoke.py [--built-against 2.13.0]
+    python tests/smoke.py [--built-against 2.13.0] [--through C++]
 
 For installations that have nothing but torch: the library of one torch loaded under another, or a
 wheel in a fresh environment. The tests proper are the test_*.py files.
@@ -54,8 +54,12 @@ def as_double(arg):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--built-against", help="the torch version the library must come from")
+    parser.add_argument("--through", choices=["C++", "Python"], help="how calls must get there")
     options = parser.parse_args()
     info = native.build_info()
+    why_not = native.autograd_why_not()
+    if options.through and options.through != ("C++" if why_not is None else "Python"):
+        raise SystemExit(f"calls should reach the kernels through {options.through}: {why_not}")
     if options.built_against and options.built_against not in str(info):
         raise SystemExit(f"the library was not built against torch {options.built_against}: {info}")
     if info["cuda_architectures"]:
@@ -84,6 +88,7 @@ def main():
         f"{native.available_isas()}: "
         f"{checked} values and gradients agree with the reference"
     )
+    print(f"calls through Python: {why_not}" if why_not else "calls through C++")
 
 
 if __name__ == "__main__":

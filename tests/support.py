@@ -7,6 +7,7 @@ loops over mpmath.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -17,10 +18,11 @@ import tempfile
 from pathlib import Path
 
 import forks
+import pytest
 import torch
 
 import gfl_kernels
-from gfl_kernels import reference
+from gfl_kernels import dispatch, reference
 
 # Whether Triton interprets its kernels is settled once per process: `make test` runs the suite a
 # second time, with TRITON_INTERPRET=1 and for this backend alone.
@@ -133,6 +135,29 @@ def expected(name: str) -> bool:
             name == "cuda" and torch.version.hip
         )
     return name == "cpu" and os.environ.get("GFL_TEST_EXPECT_NATIVE") == "1"
+
+
+def need(name):
+    """Skip where a backend is not usable, fail where it has to be."""
+    reason = why_not(name)
+    if reason is None:
+        return
+    if expected(name):
+        pytest.fail(f"backend {name!r} is expected here, but not usable: {reason}")
+    pytest.skip(f"backend {name!r} is not usable: {reason}")
+
+
+def force(name):
+    """A backend by name; "cpu-python" is "cpu" where gfl_kernels._autograd does not fit torch."""
+    name, _, in_python = name.partition("-")
+    need(name)
+    here = Backend(name, BACKENDS[name])
+    # Tensors that a test makes without saying where lie where the backend wants them.
+    place = contextlib.nullcontext() if here.device == "cpu" else torch.device(here.device)
+    with pytest.MonkeyPatch.context() as patch, gfl_kernels.use_backend(name), place:
+        if in_python:
+            patch.setattr(dispatch, "_autograd", None)
+        yield here
 
 
 def to_double(value):

@@ -11,6 +11,8 @@ import torch._dynamo.testing
 import torch._subclasses.fake_tensor
 import torch.utils.checkpoint
 from support import (
+    BACKENDS,
+    FUSED,
     INTERPRETED,
     Backend,
     assert_no_worse,
@@ -18,6 +20,7 @@ from support import (
     check_op,
     dense_target,
     explicit_target,
+    force,
     logits,
     random_upstream,
     row_weight,
@@ -41,6 +44,18 @@ from gfl_kernels import (
     sigmoid_focal_loss,
     varifocal_loss,
 )
+
+
+@pytest.fixture(params=[*BACKENDS, "cpu-python"])
+def backend(request):
+    """conftest's, and the CPU kernels once more without their nodes in C++."""
+    yield from force(request.param)
+
+
+@pytest.fixture(params=[*FUSED, "cpu-python"])
+def fused(request):
+    yield from force(request.param)
+
 
 ops = torch.ops.gfl_kernels
 NONE, SUM = 0, 1

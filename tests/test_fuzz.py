@@ -19,7 +19,7 @@ from support import (
 )
 
 import gfl_kernels
-from gfl_kernels import distribution_focal_loss, integral, quality_focal_loss
+from gfl_kernels import dispatch, distribution_focal_loss, integral, quality_focal_loss
 
 hypothesis = pytest.importorskip("hypothesis", reason="the fuzzing needs hypothesis")
 st = hypothesis.strategies
@@ -115,8 +115,15 @@ def placed(draw, rows):
 
 
 def check(op, pred, *args, scale, **kwargs):
-    value = PUBLIC[op](pred, *args, **kwargs)
-    return check_op(op, pred, *args, upstream=random_upstream(value), scale=scale, **kwargs)
+    upstream = random_upstream(PUBLIC[op](pred, *args, **kwargs))
+    if dispatch.compiled_calls() is not None:
+        # In C++ and in Python a call is the same to the last bit.
+        in_cpp = evaluate(PUBLIC[op], pred, upstream, args, kwargs)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dispatch, "_autograd", None)
+            in_python = evaluate(PUBLIC[op], pred, upstream, args, kwargs)
+        torch.testing.assert_close(in_cpp, in_python, rtol=0, atol=0, equal_nan=True)
+    return check_op(op, pred, *args, upstream=upstream, scale=scale, **kwargs)
 
 
 @st.composite
