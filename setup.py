@@ -184,7 +184,7 @@ class BuildNative(build_ext):
             "why": error.why,
             "hint": error.hint,
             "built_against_torch": None,
-            "left_out": {"cpu": error.why, "cuda": error.why},
+            "left_out": dict.fromkeys(("cpu", "cuda", "autograd"), error.why),
         }
         remove_native(package)
         package.mkdir(parents=True, exist_ok=True)

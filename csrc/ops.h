@@ -1,17 +1,22 @@
-// The ops whose schemas gfl_kernels/ops.py defines, on the LibTorch stable ABI: allocate the
-// outputs, describe the tensors as views, call the C functions. A Device says where:
+// The ops whose schemas gfl_kernels/ops.py defines: allocate the outputs, describe the tensors as
+// views, call the C functions. Written in a tensor class that the includer has chosen before, the
+// stable ABI's (stable.h) or ATen's (python/autograd.cpp), in namespace gfl:
+//
+//   Tensor, ScalarType                           with the names that both classes share
+//   Place                                        where outputs are allocated
+//   Tensor new_tensor(const Place&, int64_t dims, const int64_t* sizes, const int64_t* strides,
+//                     ScalarType);
+//   Tensor new_like(const Tensor&);          what empty_like makes
+//
+// A Device says where:
 //
 //   Device(const Tensor& pred, others...);      pred's device is the current one while this lives;
 //                                               refuses others that lie elsewhere
-//   Place place() const;                        where outputs are allocated
+//   Place place() const;
 //   static constexpr bool kSaves;                whether an integral saves anything for backward
 //   int run(const gfl_quality_args&) const;     and the same for the others
 //   int run_boxes(const gfl_head_args&) const, run(const gfl_head_args&) const;   for a head
 #pragma once
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <numeric>
@@ -23,21 +28,13 @@
 
 #include "gfl_kernels/gfl_kernels.h"
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.10 has it without STABLE_
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
-
 namespace gfl {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // Reductions, as in gfl_kernels/ops.py.
-constexpr int64_t kNone = 0;
-constexpr int64_t kMean = 2;
+enum Reduction : int64_t { kNone, kSum, kMean };
 
-gfl_dtype dtype_of(const Tensor& tensor) {
+inline gfl_dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return GFL_FLOAT32;
@@ -81,48 +78,37 @@ class View {
   bool present_ = false;
 };
 
-void check(int status) {
+// The dtype of losses and of what is summed.
+inline ScalarType accumulator(const Tensor& pred) {
+  return pred.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check(int status) {
   if (status) throw std::invalid_argument(gfl_last_error());
 }
 
-double scale_of(const Tensor& pred, double scale, int64_t reduction) {
+inline double scale_of(const Tensor& pred, double scale, int64_t reduction) {
   if (reduction != kMean) return scale;
   const int64_t rows = pred.numel() / std::max<int64_t>(1, pred.size(pred.dim() - 1));
   return scale / static_cast<double>(std::max<int64_t>(1, rows));
 }
 
-// Where outputs are allocated.
-struct Place {
-  int32_t type, index;
-};
-
-Tensor new_tensor(const Place& place, int64_t dims, const int64_t* sizes, const int64_t* strides,
-                  int32_t dtype) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype, place.type, place.index, &handle));
-  return Tensor(handle);
-}
-
 // The loss of all rows (0-dim) or of each.
-Tensor new_loss(const Place& place, const Tensor& pred, bool per_row) {
+inline Tensor new_loss(const Place& place, const Tensor& pred, bool per_row) {
   const auto sizes = pred.sizes();
   const int64_t dims = per_row ? pred.dim() - 1 : 0;
-  const bool wide = pred.scalar_type() == ScalarType::Double;
   int64_t strides[64];
   int64_t step = 1;
   for (int64_t d = dims - 1; d >= 0; --d) {
     strides[d] = step;
     step *= std::max<int64_t>(1, sizes[d]);
   }
-  return new_tensor(place, dims, sizes.data(), strides,
-                    wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  return new_tensor(place, dims, sizes.data(), strides, accumulator(pred));
 }
 
 // [..., columns] without gaps, dims from outermost to innermost: those of pred in `order`.
-Tensor new_columns(const Place& place, const Tensor& pred, int64_t columns,
-                   const std::vector<int64_t>& order) {
-  const bool wide = pred.scalar_type() == ScalarType::Double;
+inline Tensor new_columns(const Place& place, const Tensor& pred, int64_t columns,
+                          const std::vector<int64_t>& order) {
   const int64_t dims = pred.dim();
   std::vector<int64_t> sizes(pred.sizes().begin(), pred.sizes().end()), strides(dims);
   sizes[dims - 1] = columns;
@@ -131,41 +117,36 @@ Tensor new_columns(const Place& place, const Tensor& pred, int64_t columns,
     strides[order[i]] = step;
     step *= std::max<int64_t>(1, sizes[order[i]]);
   }
-  return new_tensor(place, dims, sizes.data(), strides.data(),
-                    wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  return new_tensor(place, dims, sizes.data(), strides.data(), accumulator(pred));
 }
 
 // ops.new_statistics and ops.new_planes.
-Tensor new_statistics(const Place& place, const Tensor& pred, int64_t columns) {
+inline Tensor new_statistics(const Place& place, const Tensor& pred, int64_t columns) {
   std::vector<int64_t> order(pred.dim());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return pred.strides()[a] > pred.strides()[b]; });
   return new_columns(place, pred, columns, order);
 }
-Tensor new_planes(const Place& place, const Tensor& pred, int64_t columns) {
+inline Tensor new_planes(const Place& place, const Tensor& pred, int64_t columns) {
   std::vector<int64_t> order(pred.dim());
   std::iota(order.begin() + 1, order.end(), 0);
   order[0] = pred.dim() - 1;
   return new_columns(place, pred, columns, order);
 }
 
-Tensor new_empty(const Place& place, int32_t dtype) {
+inline Tensor new_empty(const Place& place, ScalarType dtype) {
   const int64_t zero = 0, one = 1;
   return new_tensor(place, 1, &zero, &one, dtype);
 }
 
 // In pred's layout, or empty.
-Tensor new_gradient(const Place& place, const Tensor& pred, bool wanted) {
-  // What empty_like does here, without its way through the dispatcher.
-  const bool contiguous = pred.is_contiguous();
-  if (wanted && !contiguous) return torch::stable::empty_like(pred);
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(pred.get(), &dtype));
-  if (wanted) {
-    return new_tensor(place, pred.dim(), pred.sizes().data(), pred.strides().data(), dtype);
-  }
-  return new_empty(place, dtype);
+inline Tensor new_gradient(const Place& place, const Tensor& pred, bool wanted) {
+  if (!wanted) return new_empty(place, pred.scalar_type());
+  if (!pred.is_contiguous()) return new_like(pred);
+  // The same without its way through the dispatcher.
+  return new_tensor(place, pred.dim(), pred.sizes().data(), pred.strides().data(),
+                    pred.scalar_type());
 }
 
 template <typename Device>
@@ -262,14 +243,14 @@ Tensor distribution_backward(Tensor grad_loss, Tensor pred, Tensor target,
   return grad;
 }
 
-gfl_integral_args integral_args(int64_t window) {
+inline gfl_integral_args integral_args(int64_t window) {
   gfl_integral_args args{};
   args.mode = window < 0 ? GFL_INTEGRAL_MEAN : GFL_INTEGRAL_PEAK;
   args.window = static_cast<int32_t>(std::clamp<int64_t>(window, 0, INT32_MAX));
   return args;
 }
 
-gfl_statistics_args statistics_args(int64_t topk, bool add_mean) {
+inline gfl_statistics_args statistics_args(int64_t topk, bool add_mean) {
   gfl_statistics_args args{};
   args.topk = static_cast<int32_t>(std::clamp<int64_t>(topk, 0, INT32_MAX));
   args.add_mean = add_mean;
@@ -308,8 +289,8 @@ std::tuple<Tensor, Tensor> integral_forward(Tensor pred, std::optional<Tensor> b
   const Device device(pred, bins);
   save = save && Device::kSaves;
   Tensor out = new_loss(device.place(), pred, true);
-  Tensor saved = save ? new_planes(device.place(), pred, 2)
-                      : new_empty(device.place(), aoti_torch_dtype_float32());
+  Tensor saved =
+      save ? new_planes(device.place(), pred, 2) : new_empty(device.place(), ScalarType::Float);
   const View s(saved);
   gfl_integral_args args = integral_args(window);
   if (save) args.saved = s.get();
@@ -363,7 +344,7 @@ class Views {
   std::vector<gfl_view> views_;
 };
 
-Tensor new_packed(const Place& place, const std::vector<int64_t>& sizes, int32_t dtype) {
+inline Tensor new_packed(const Place& place, const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) {
     strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
@@ -372,9 +353,9 @@ Tensor new_packed(const Place& place, const std::vector<int64_t>& sizes, int32_t
 }
 
 // A tensor of the losses' dtype.
-Tensor new_losses(const Place& place, const Tensor& pred, const std::vector<int64_t>& sizes) {
-  const bool wide = pred.scalar_type() == ScalarType::Double;
-  return new_packed(place, sizes, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+inline Tensor new_losses(const Place& place, const Tensor& pred,
+                         const std::vector<int64_t>& sizes) {
+  return new_packed(place, sizes, accumulator(pred));
 }
 
 // The tensors of a head and what the three ops share of their arguments; lives as long as a call.
@@ -421,7 +402,7 @@ struct HeadCall {
   }
 };
 
-int64_t anchors_of(const std::vector<Tensor>& cls) {
+inline int64_t anchors_of(const std::vector<Tensor>& cls) {
   int64_t anchors = 0;
   for (const Tensor& level : cls) {
     int64_t cells = 1;
@@ -489,8 +470,8 @@ void run_head(const Device& device, const HeadCall& call, const Tensor& quality,
 }
 
 // Of cls, then of box.
-std::vector<Tensor> new_gradients(const Place& place, const std::vector<Tensor>& cls,
-                                  const std::vector<Tensor>& box) {
+inline std::vector<Tensor> new_gradients(const Place& place, const std::vector<Tensor>& cls,
+                                         const std::vector<Tensor>& box) {
   std::vector<Tensor> grads;
   for (const auto* list : {&cls, &box}) {
     for (const Tensor& level : *list) grads.push_back(new_gradient(place, level, true));
@@ -593,7 +574,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_boxes(
   sides.push_back(4);
   if (!cls) rows = {0};
   Tensor boxes = new_losses(place, pred, sides), score = new_losses(place, pred, rows);
-  Tensor label = new_packed(place, rows, aoti_torch_dtype_int64());
+  Tensor label = new_packed(place, rows, ScalarType::Long);
   Tensor deviation = new_losses(place, pred, write_deviation ? sides : std::vector<int64_t>{0});
   const View x(pred), p(points), s(strides), y(bins), c(cls), m(limits);
   const View b(boxes), d(deviation), h(score), l(label);
@@ -618,24 +599,3 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_boxes(
 
 }  // namespace
 }  // namespace gfl
-
-// In a file that includes this one: the ops of one dispatch key.
-#define GFL_IMPLEMENT(KEY, DEVICE)                                              \
-  STABLE_TORCH_LIBRARY_IMPL(gfl_native, KEY, m) {                               \
-    m.impl("quality_forward", TORCH_BOX(&quality_forward<DEVICE>));             \
-    m.impl("quality_backward", TORCH_BOX(&quality_backward<DEVICE>));           \
-    m.impl("distribution_forward", TORCH_BOX(&distribution_forward<DEVICE>));   \
-    m.impl("distribution_backward", TORCH_BOX(&distribution_backward<DEVICE>)); \
-    m.impl("integral_forward", TORCH_BOX(&integral_forward<DEVICE>));           \
-    m.impl("integral_backward", TORCH_BOX(&integral_backward<DEVICE>));         \
-    m.impl("statistics_forward", TORCH_BOX(&statistics_forward<DEVICE>));       \
-    m.impl("statistics_backward", TORCH_BOX(&statistics_backward<DEVICE>));     \
-    m.impl("moments_forward", TORCH_BOX(&moments_forward<DEVICE>));             \
-    m.impl("moments_backward", TORCH_BOX(&moments_backward<DEVICE>));           \
-    m.impl("head_boxes", TORCH_BOX(&head_boxes<DEVICE>));                       \
-    m.impl("head_forward", TORCH_BOX(&head_forward<DEVICE>));                   \
-    m.impl("head_backward", TORCH_BOX(&head_backward<DEVICE>));                 \
-    m.impl("decode_boxes", TORCH_BOX(&decode_boxes<DEVICE>));                   \
-    m.impl("distillation_forward", TORCH_BOX(&distillation_forward<DEVICE>));   \
-    m.impl("distillation_backward", TORCH_BOX(&distillation_backward<DEVICE>)); \
-  }

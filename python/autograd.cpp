@@ -7,68 +7,54 @@
 //
 // torch::autograd::Function is no part of the stable ABI, so this module serves the one version of
 // torch that it was built against (native.py looks), and the package does without it elsewhere.
+#include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <Python.h>  // before all others, as CPython asks
+#include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/python_headers.h>
 
 #include <limits>
 #include <optional>
 #include <string>
+#include <tuple>
+
+// The tensors of ops.h.
+namespace gfl {
+namespace {
+
+using at::ScalarType;
+using at::Tensor;
+
+struct Place {};
+Place cpu_place() { return {}; }
+
+Tensor new_tensor(Place, int64_t dims, const int64_t* sizes, const int64_t* strides,
+                  ScalarType dtype) {
+  const size_t count = static_cast<size_t>(dims);
+  return at::detail::empty_strided_cpu({sizes, count}, {strides, count}, dtype);
+}
+Tensor new_like(const Tensor& tensor) { return at::empty_like(tensor); }
+
+}  // namespace
+}  // namespace gfl
+
+#include "../csrc/cpu/device.h"
 
 namespace gfl {
 
 using at::IntArrayRef;
-using at::Tensor;
 using c10::DispatchKey;
 using c10::IValue;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using torch::jit::Stack;
-
-// Reductions as the schemas carry them: gfl_kernels/ops.py.
-enum Reduction : int64_t { kNone, kSum, kMean };
-
-// Ops
-
-c10::OperatorHandle find_op(const char* library, const char* family, const char* which) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(
-      (std::string(library) + "::" + family + "_" + which).c_str(), "");
-}
-
-// The compiled kernels of a family, and its backward as autograd sees it, whose own derivative is
-// refused by name.
-struct Ops {
-  explicit Ops(const char* family)
-      : forward(find_op("gfl_native", family, "forward")),
-        backward(find_op("gfl_native", family, "backward")),
-        refusing(find_op("gfl_kernels", family, "backward")) {}
-  c10::OperatorHandle forward, backward, refusing;
-};
-
-void run_kernels(const c10::OperatorHandle& op, Stack& stack) {
-  at::AutoDispatchBelowADInplaceOrView below;
-  op.callBoxed(stack);
-}
-
-// The derivative of what forward has computed: with create_graph=True through the dispatcher.
-Tensor derivative(const Ops& ops, Stack stack) {
-  if (at::GradMode::is_enabled()) {
-    ops.refusing.callBoxed(stack);
-  } else {
-    run_kernels(ops.backward, stack);
-  }
-  return stack[0].toTensor();
-}
-
-IValue optional(const Tensor& tensor) { return tensor.defined() ? IValue(tensor) : IValue(); }
-Tensor tensor_of(const IValue& value) { return value.isNone() ? Tensor() : value.toTensor(); }
 
 uint64_t raw(c10::DispatchKeySet keys) { return keys.raw_repr(); }
 
@@ -81,39 +67,77 @@ bool is_plain(const Tensor& tensor) {
   return !(raw(tensor.key_set()) & ~plain) && tensor.layout() == at::kStrided;
 }
 
-// Losses
-
 bool is_one(const Tensor& grad) {
   if (grad.numel() != 1 || !is_plain(grad)) return false;
   if (grad.scalar_type() == at::kFloat) return *grad.const_data_ptr<float>() == 1;
   return grad.scalar_type() == at::kDouble && *grad.const_data_ptr<double>() == 1;
 }
 
-// ops.py's _loss_function, _save and _gradient. Self has the name of its ops' family and the number
-// of tensors that they begin with; inputs: the op's, of which pred is the first.
-template <typename Self>
-struct Loss : torch::autograd::Function<Self> {
-  static const Ops& ops() {
-    static const Ops found(Self::family);
-    return found;
+// Nodes of autograd
+
+// A backward op as it runs in a node, and with create_graph=True, where its own derivative is
+// refused by name.
+class Backward {
+ public:
+  explicit Backward(const char* name)
+      : kernels_(find("gfl_native", name)), refusing_(find("gfl_kernels", name)) {}
+
+  Tensor operator()(Stack stack) const {
+    if (at::GradMode::is_enabled()) {
+      refusing_.callBoxed(stack);
+    } else {
+      at::AutoDispatchBelowADInplaceOrView below;
+      kernels_.callBoxed(stack);
+    }
+    return stack[0].toTensor();
   }
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& pred, const Stack& inputs) {
-    Stack stack = inputs;
-    run_kernels(Self::ops().forward, stack);
-    variable_list saved{pred};
-    for (size_t i = 1; i < Self::tensors; ++i) saved.push_back(tensor_of(inputs[i]));
-    saved.push_back(inputs.back().toBool() ? stack[1].toTensor() : Tensor());
-    ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["constants"] =
-        c10::ivalue::Tuple::create({inputs.begin() + Self::tensors, inputs.end() - 1});
-    return stack[0].toTensor();
+ private:
+  static c10::OperatorHandle find(const std::string& library, const char* name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow((library + "::" + name).c_str(), "");
+  }
+  c10::OperatorHandle kernels_, refusing_;
+};
+
+IValue optional(const Tensor& tensor) { return tensor.defined() ? IValue(tensor) : IValue(); }
+
+// Sorts the arguments of an op into what a node saves.
+struct Saved {
+  variable_list tensors;
+  std::vector<IValue> constants;
+
+  void operator()(const Tensor& tensor) { tensors.push_back(tensor); }
+  void operator()(const std::optional<Tensor>& tensor) {
+    tensors.push_back(tensor.value_or(Tensor()));
+  }
+  template <typename Number>
+  void operator()(Number value) {
+    constants.emplace_back(value);
+  }
+};
+
+// Self: what a family of losses is called and its ops. Inputs: those of forward but for write_grad.
+// What is done with them is ops.py's _save and _gradient.
+template <typename Self, typename... Inputs>
+struct Loss : torch::autograd::Function<Self> {
+  using Arguments = std::tuple<Inputs...>;
+
+  static Tensor forward(const Arguments& arguments, bool write_grad, Saved* saved) {
+    RECORD_FUNCTION(Self::forward_name, std::vector<IValue>());
+    auto [loss, grad] = std::apply(
+        [&](const Inputs&... inputs) { return Self::kForward(inputs..., write_grad); }, arguments);
+    if (saved) {
+      std::apply([&](const Inputs&... inputs) { ((*saved)(inputs), ...); }, arguments);
+      saved->tensors.push_back(write_grad ? std::move(grad) : Tensor());
+    }
+    return std::move(loss);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
     const Tensor& grad_loss = upstream[0];
-    variable_list saved = ctx->get_saved_variables();
-    const Tensor grad = std::move(saved.back());
+    variable_list tensors = ctx->get_saved_variables();
+    const Tensor grad = std::move(tensors.back());
+    tensors.pop_back();
     if (grad.defined() && !at::GradMode::is_enabled()) {
       // Forward left the gradient for an upstream gradient of 1. It is out of autograd's hands
       // where it goes out as it is, so a graph that is kept for another backward gives a copy.
@@ -124,49 +148,55 @@ struct Loss : torch::autograd::Function<Self> {
       // Scaling would round a bfloat16 gradient a second time: that one is computed again.
       if (grad.scalar_type() != at::kBFloat16) return {grad.mul(grad_loss)};
     }
+    static const Backward op(Self::backward_name);
     Stack stack{grad_loss};
-    for (size_t i = 0; i < Self::tensors; ++i) stack.push_back(optional(saved[i]));
+    for (const Tensor& tensor : tensors) stack.push_back(optional(tensor));
     for (const IValue& value : ctx->saved_data["constants"].toTupleRef().elements()) {
       stack.push_back(value);
     }
-    return {derivative(Self::ops(), std::move(stack))};
+    return {op(std::move(stack))};
   }
 };
 
-struct QualityFocal : Loss<QualityFocal> {
+using OptionalTensor = std::optional<Tensor>;
+
+struct QualityFocal : Loss<QualityFocal, Tensor, Tensor, OptionalTensor, OptionalTensor,
+                           OptionalTensor, int64_t, int64_t, double, double, double, int64_t> {
+  static constexpr auto kForward = quality_forward<Cpu>;
   static constexpr char shown[] = "QualityFocalBackward";
-  static constexpr char family[] = "quality";
-  static constexpr size_t tensors = 5;
+  static constexpr char forward_name[] = "gfl_native::quality_forward";
+  static constexpr char backward_name[] = "quality_backward";
 };
-struct DistributionFocal : Loss<DistributionFocal> {
+
+struct DistributionFocal : Loss<DistributionFocal, Tensor, Tensor, OptionalTensor, OptionalTensor,
+                                OptionalTensor, OptionalTensor, double, int64_t> {
+  static constexpr auto kForward = distribution_forward<Cpu>;
   static constexpr char shown[] = "DistributionFocalBackward";
-  static constexpr char family[] = "distribution";
-  static constexpr size_t tensors = 6;
+  static constexpr char forward_name[] = "gfl_native::distribution_forward";
+  static constexpr char backward_name[] = "distribution_backward";
 };
 
 // ops.py's Integral.
 struct Integral : torch::autograd::Function<Integral> {
   static constexpr char shown[] = "IntegralBackward";
+  using Arguments = std::tuple<Tensor, OptionalTensor, int64_t>;
 
-  static const Ops& ops() {
-    static const Ops found("integral");
-    return found;
-  }
-
-  static Tensor forward(AutogradContext* ctx, const Tensor& pred, const Stack& inputs) {
-    Stack stack = inputs;
-    run_kernels(ops().forward, stack);
-    ctx->save_for_backward(
-        {pred, tensor_of(inputs[1]), inputs[3].toBool() ? stack[1].toTensor() : Tensor()});
-    ctx->saved_data["window"] = inputs[2];
-    return stack[0].toTensor();
+  static Tensor forward(const Arguments& arguments, bool save, Saved* saved) {
+    RECORD_FUNCTION("gfl_native::integral_forward", std::vector<IValue>());
+    const auto& [pred, bins, window] = arguments;
+    auto [out, sums] = integral_forward<Cpu>(pred, bins, window, save);
+    if (saved) {
+      saved->tensors = {pred, bins.value_or(Tensor()), save ? std::move(sums) : Tensor()};
+      saved->constants = {window};
+    }
+    return std::move(out);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    static const Backward op("integral_backward");
     const variable_list saved = ctx->get_saved_variables();
-    Stack stack{upstream[0], saved[0], optional(saved[1]), ctx->saved_data["window"],
-                optional(saved[2])};
-    return {derivative(ops(), std::move(stack))};
+    const IValue& window = ctx->saved_data["constants"].toTupleRef().elements()[0];
+    return {op({upstream[0], saved[0], optional(saved[1]), window, optional(saved[2])})};
   }
 };
 
@@ -203,23 +233,25 @@ void announce(const Pointer& node) {
   if constexpr (requires { fire_node_creation_hooks(node); }) fire_node_creation_hooks(node);
 }
 
-// What torch::autograd::Function::apply comes to for a Function of one input and one output, both
-// of them plain; it takes 7 of the 35 microseconds of a step on 64 x 80 logits. inputs: those of
-// the forward op, pred first.
+// What torch::autograd::Function::apply comes to for a Function of one tensor, the first of
+// arguments, and one result, both of them plain: it would take a fifth of a step on 64 x 80 logits.
+// extra: whether forward does more for backward.
 template <typename Function>
-Tensor apply(Stack inputs) {
+Tensor apply(const typename Function::Arguments& arguments, bool extra) {
   const pybind11::gil_scoped_release unlocked;
-  const Tensor pred = inputs[0].toTensor();
+  const Tensor& pred = std::get<0>(arguments);
   if (!pred.requires_grad() || !at::GradMode::is_enabled()) {
-    run_kernels(Function::ops().forward, inputs);
-    return inputs[0].toTensor();
+    return Function::forward(arguments, extra, nullptr);
   }
   const auto node = new_node<NodeOf<Function>>();
   node->set_ctx_grad_fn(node);
   node->set_next_edges(torch::autograd::collect_next_edges(pred));
   node->is_variable_input_ = {true};
   node->input_info_.emplace_back(pred);
-  Tensor out = Function::forward(&node->ctx_, pred, inputs);
+  Saved saved;
+  Tensor out = Function::forward(arguments, extra, &saved);
+  node->ctx_.save_for_backward(std::move(saved.tensors));
+  node->ctx_.saved_data["constants"] = c10::ivalue::Tuple::create(std::move(saved.constants));
   torch::autograd::set_history(out, node);
   node->output_info_.emplace_back(out);
   node->save_variables_to_ctx();
@@ -239,10 +271,6 @@ bool is_kernel_float(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
-at::ScalarType accumulator(const Tensor& pred) {
-  return pred.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 // A tensor that kernels read where it lies; nothing for all else.
 const Tensor* plain_tensor(PyObject* object) {
   if (!THPVariable_CheckExact(object)) return nullptr;
@@ -257,15 +285,18 @@ const Tensor* plain_tensor(PyObject* object) {
   return &tensor;
 }
 
-// The same of one without a gradient to come.
-const Tensor* constant(PyObject* object) {
-  const Tensor* const tensor = plain_tensor(object);
-  return tensor && !(tensor->requires_grad() && at::GradMode::is_enabled()) ? tensor : nullptr;
+bool wants_grad(const Tensor& tensor) {
+  return tensor.requires_grad() && at::GradMode::is_enabled();
 }
 
+// The same of one that has this shape and needs no derivative.
 const Tensor* constant(PyObject* object, IntArrayRef shape) {
-  const Tensor* const tensor = constant(object);
-  return tensor && tensor->sizes() == shape ? tensor : nullptr;
+  const Tensor* const tensor = plain_tensor(object);
+  return tensor && tensor->sizes() == shape && !wants_grad(*tensor) ? tensor : nullptr;
+}
+
+OptionalTensor copy_of(const Tensor* tensor) {
+  return tensor ? OptionalTensor(*tensor) : std::nullopt;
 }
 
 std::optional<double> number(PyObject* object) {
@@ -290,7 +321,7 @@ bool is_string(PyObject* object, const char* text) {
   return PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, text) == 0;
 }
 
-bool is_pair_or_more(PyObject* object) { return PyTuple_Check(object) || PyList_Check(object); }
+bool is_list(PyObject* object) { return PyTuple_Check(object) || PyList_Check(object); }
 
 // Logits whose columns lie along `dim`, and the shape of a value per row of them.
 class Logits {
@@ -303,15 +334,14 @@ class Logits {
     if (*where < -dims || *where >= dims || tensor->size(*where) == 0) return std::nullopt;
     return Logits(*tensor, *where < 0 ? *where + dims : *where);
   }
-  const Tensor& tensor() const { return tensor_; }
   IntArrayRef rows() const { return rows_; }
   IntArrayRef shape() const { return tensor_.sizes(); }
   int64_t columns() const { return tensor_.size(dim_); }
-  // A tensor of this shape with its columns last.
+  // With the columns last: pred, or a tensor of its shape.
+  Tensor last() const { return last(tensor_); }
   Tensor last(const Tensor& tensor) const {
     return dim_ == tensor.dim() - 1 ? tensor : tensor.movedim(dim_, -1);
   }
-  bool wants_grad() const { return tensor_.requires_grad() && at::GradMode::is_enabled(); }
 
  private:
   Logits(const Tensor& tensor, int64_t dim) : tensor_(tensor), dim_(dim) {
@@ -327,42 +357,39 @@ class Logits {
 struct Scaling {
   Reduction reduction;
   double scale;
-  IValue avg_factor;
+  OptionalTensor avg_factor = {};
   bool one_element = false;  // the result has avg_factor's shape [1]
 
   static std::optional<Scaling> from(PyObject* reduction, PyObject* avg_factor,
                                      PyObject* loss_weight) {
     const std::optional<double> weight = number(loss_weight);
     if (!weight) return std::nullopt;
-    if (is_string(reduction, "none")) return Scaling{kNone, *weight, IValue()};
+    if (is_string(reduction, "none")) return Scaling{kNone, *weight};
     const bool is_sum = is_string(reduction, "sum");
     if (!is_sum && !is_string(reduction, "mean")) return std::nullopt;
-    if (avg_factor == Py_None) return Scaling{is_sum ? kSum : kMean, *weight, IValue()};
+    if (avg_factor == Py_None) return Scaling{is_sum ? kSum : kMean, *weight};
     if (is_sum) return std::nullopt;
     if (const std::optional<double> count = number(avg_factor)) {
       const double divisor = *count + std::numeric_limits<float>::epsilon();
       if (divisor == 0) return std::nullopt;
-      return Scaling{kSum, *weight / divisor, IValue()};
+      return Scaling{kSum, *weight / divisor};
     }
     const Tensor* const count = plain_tensor(avg_factor);
     if (!count || count->numel() != 1 || count->dim() > 1) return std::nullopt;
-    const Tensor detached = count->requires_grad() ? count->detach() : *count;
-    return Scaling{kSum, *weight, detached, count->dim() == 1};
+    return Scaling{kSum, *weight, count->requires_grad() ? count->detach() : *count,
+                   count->dim() == 1};
   }
 };
 
-// functional.py's _run. stack: the op's arguments before avg_factor, with pred's columns last.
+// functional.py's _run.
 template <typename Function>
-PyObject* run_loss(const Logits& pred, Stack stack, std::initializer_list<IValue> constants,
-                   const Scaling& scaling) {
-  stack.push_back(scaling.avg_factor);
-  stack.insert(stack.end(), constants);
+PyObject* run_loss(const typename Function::Arguments& arguments, const Scaling& scaling) {
+  const Tensor& pred = std::get<0>(arguments);
   // Not for float16: under a GradScaler the upstream gradient is never 1, and an unscaled float16
   // gradient has already lost its small values.
   const bool write_grad =
-      scaling.reduction != kNone && pred.wants_grad() && pred.tensor().scalar_type() != at::kHalf;
-  stack.insert(stack.end(), {scaling.scale, static_cast<int64_t>(scaling.reduction), write_grad});
-  Tensor loss = apply<Function>(std::move(stack));
+      scaling.reduction != kNone && wants_grad(pred) && pred.scalar_type() != at::kHalf;
+  Tensor loss = apply<Function>(arguments, write_grad);
   return THPVariable_Wrap(scaling.one_element ? loss.view({1}) : std::move(loss));
 }
 
@@ -386,30 +413,27 @@ PyObject* quality(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (scaling->reduction == kMean) scaling->scale /= static_cast<double>(pred->columns());
   }
 
-  Stack stack{pred->last(pred->tensor())};
-  stack.reserve(13);
-  if (is_pair_or_more(target)) {
-    if (PySequence_Fast_GET_SIZE(target) != 2) Py_RETURN_NONE;
-    PyObject* const* const pair = PySequence_Fast_ITEMS(target);
-    const Tensor* const label = constant(pair[0], pred->rows());
-    const Tensor* const score = constant(pair[1], pred->rows());
-    if (!label || !score) Py_RETURN_NONE;
-    stack.insert(stack.end(), {*label, *score});
-  } else {
-    const Tensor* const dense = constant(target, pred->shape());
-    if (!dense) Py_RETURN_NONE;
-    stack.insert(stack.end(), {pred->last(*dense), IValue()});
+  const bool sparse = is_list(target);
+  if (sparse && PySequence_Fast_GET_SIZE(target) != 2) Py_RETURN_NONE;
+  const Tensor* const label = sparse ? constant(PySequence_Fast_GET_ITEM(target, 0), pred->rows())
+                                     : constant(target, pred->shape());
+  const Tensor* const score =
+      sparse ? constant(PySequence_Fast_GET_ITEM(target, 1), pred->rows()) : nullptr;
+  if (!label || (sparse && !score)) Py_RETURN_NONE;
+  OptionalTensor factors;
+  if (weight != Py_None) {
+    if (const Tensor* const per_row = constant(weight, pred->rows())) {
+      factors = *per_row;
+    } else if (const Tensor* const per_element = constant(weight, pred->shape())) {
+      factors = pred->last(*per_element);
+    } else {
+      Py_RETURN_NONE;
+    }
   }
-  if (weight == Py_None) {
-    stack.emplace_back();
-  } else if (const Tensor* const per_row = constant(weight, pred->rows())) {
-    stack.emplace_back(*per_row);
-  } else if (const Tensor* const per_element = constant(weight, pred->shape())) {
-    stack.emplace_back(pred->last(*per_element));
-  } else {
-    Py_RETURN_NONE;
-  }
-  return run_loss<QualityFocal>(*pred, std::move(stack), {*form, *flags, *alpha, *beta}, *scaling);
+  return run_loss<QualityFocal>(
+      {pred->last(), sparse ? *label : pred->last(*label), copy_of(score), std::move(factors),
+       scaling->avg_factor, *form, *flags, *alpha, *beta, scaling->scale, scaling->reduction},
+      *scaling);
   END_HANDLE_TH_ERRORS
 }
 
@@ -424,24 +448,20 @@ PyObject* distribution(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const std::optional<Scaling> scaling = Scaling::from(args[4], args[3], args[6]);
   if (!nobody_listens() || !pred || !scaling) Py_RETURN_NONE;
 
-  Stack stack{pred->last(pred->tensor())};
-  stack.reserve(9);
-  if (is_pair_or_more(target)) {
-    if (PySequence_Fast_GET_SIZE(target) != 3) Py_RETURN_NONE;
-    for (int i = 0; i < 3; ++i) {
-      const Tensor* const part = constant(PySequence_Fast_GET_ITEM(target, i), pred->rows());
-      if (!part) Py_RETURN_NONE;
-      stack.emplace_back(*part);
-    }
-  } else {
-    const Tensor* const position = constant(target, pred->rows());
-    if (!position) Py_RETURN_NONE;
-    stack.insert(stack.end(), {*position, IValue(), IValue()});
+  const Tensor* parts[3] = {};  // the position, or the left bin and two weights
+  const bool explicit_weights = is_list(target);
+  if (explicit_weights && PySequence_Fast_GET_SIZE(target) != 3) Py_RETURN_NONE;
+  for (int i = 0; i < (explicit_weights ? 3 : 1); ++i) {
+    PyObject* const part = explicit_weights ? PySequence_Fast_GET_ITEM(target, i) : target;
+    parts[i] = constant(part, pred->rows());
+    if (!parts[i]) Py_RETURN_NONE;
   }
-  const Tensor* const per_row = weight == Py_None ? nullptr : constant(weight, pred->rows());
-  if (weight != Py_None && !per_row) Py_RETURN_NONE;
-  stack.push_back(per_row ? IValue(*per_row) : IValue());
-  return run_loss<DistributionFocal>(*pred, std::move(stack), {}, *scaling);
+  const Tensor* const factors = weight == Py_None ? nullptr : constant(weight, pred->rows());
+  if (weight != Py_None && !factors) Py_RETURN_NONE;
+  return run_loss<DistributionFocal>(
+      {pred->last(), *parts[0], copy_of(parts[1]), copy_of(parts[2]), copy_of(factors),
+       scaling->avg_factor, scaling->scale, scaling->reduction},
+      *scaling);
   END_HANDLE_TH_ERRORS
 }
 
@@ -459,13 +479,13 @@ PyObject* integral(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Tensor* bins = nullptr;
   if (args[1] != Py_None) {
     bins = constant(args[1], {pred->columns()});
-    if (!bins || bins->scalar_type() != accumulator(pred->tensor())) Py_RETURN_NONE;
+    if (!bins || bins->scalar_type() != accumulator(pred->last())) Py_RETURN_NONE;
   }
   // A window that takes in all bins everywhere is the mean.
   if (!peak || *window >= pred->columns() - 1) window = -1;
-  const Tensor last = pred->last(pred->tensor());
-  const bool save = *window < 0 && pred->wants_grad() && last.is_contiguous();
-  return THPVariable_Wrap(apply<Integral>({last, bins ? IValue(*bins) : IValue(), *window, save}));
+  const Tensor last = pred->last();
+  const bool save = *window < 0 && wants_grad(last) && last.is_contiguous();
+  return THPVariable_Wrap(apply<Integral>({last, copy_of(bins), *window}, save));
   END_HANDLE_TH_ERRORS
 }
 

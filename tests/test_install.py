@@ -27,7 +27,7 @@ NO_CUDA = "it was not asked for"
 QUICK = {"GFL_KERNELS_CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE=-O0"}
 if "CMAKE_CXX_COMPILER_LAUNCHER" in os.environ:
     QUICK = {}
-WITHOUT = "gfl_kernels/lib/", "gfl_kernels/include/", "gfl_kernels/_C"
+WITHOUT = "gfl_kernels/lib/", "gfl_kernels/include/", "gfl_kernels/_C", "gfl_kernels/_autograd"
 
 # One worker builds it all: the others would compile the same again.
 pytestmark = [pytest.mark.install, pytest.mark.xdist_group("install")]
@@ -232,6 +232,8 @@ def test_native_wheel_computes(native):
     out = run(
         sys.executable,
         ROOT / "tests" / "smoke.py",
+        "--through",
+        "C++",
         cwd=native,
         PYTHONPATH=native,
     ).stdout
@@ -253,7 +255,7 @@ def test_no_run_path_into_the_build_machine(native, library):
     for file in [library, *modules]:
         dynamic = run(readelf, "-d", file, cwd=native).stdout
         paths[file.name.split(".")[0]] = re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", dynamic)
-    assert paths == {"libgfl_native": [], "_C": ["$ORIGIN/lib"], "_autograd": []}
+    assert paths == {"libgfl_native": [], "_C": ["$ORIGIN/lib"], "_autograd": ["$ORIGIN/lib"]}
 
 
 def test_links_libtorch_cpu_through_the_stable_abi_only(library):
@@ -485,6 +487,27 @@ def test_an_nvcc_that_fails_leaves_the_cpu_library(source, objects, native_wheel
     assert f"left out cuda: {why}" in output
     out = python("import gfl_kernels as g; print(*g.backends().items(), sep='\\n')", folder)
     assert "('cpu', 'ok')" in out and why in out
+
+
+def test_a_torch_that_the_nodes_do_not_fit_leaves_them_out(source, objects, native_wheel, tmp_path):
+    """What is on the stable ABI serves without them, and all calls go through Python."""
+    nodes = source / "python" / "autograd.cpp"
+    text = nodes.read_text()
+    copy = shutil.copytree(objects, objects.with_name("native-nodes-fail"))
+    env = {"GFL_KERNELS_BUILD": "cpu", "GFL_KERNELS_BUILD_DIR": copy, "CCACHE_BASEDIR": source}
+    try:
+        nodes.write_text("#error of a header of torch's\n" + text)
+        wheel, output = build_wheel(source, tmp_path, "--no-build-isolation", **env, **QUICK)
+    finally:
+        nodes.write_text(text)
+    folder = unpack(wheel, tmp_path / "unpacked")
+    assert report(folder)["native"]
+    assert "error of a header of torch s" in report(folder)["left_out"]["autograd"]
+    assert "left out autograd: compilation failed: " in output
+    assert not list(folder.glob("gfl_kernels/_autograd*")) and list(folder.glob("gfl_kernels/_C*"))
+    smoke = ROOT / "tests" / "smoke.py"
+    out = run(sys.executable, smoke, "--through", "Python", cwd=folder, PYTHONPATH=folder).stdout
+    assert "agree with the reference" in out and "error of a header of torch s" in out
 
 
 def test_isolated_build_without_torch_says_what_to_type(source, tmp_path):

@@ -28,8 +28,8 @@ namespace {
 // Elements of a block; a block's sum does not depend on the number of threads, nor does the order
 // of the blocks.
 constexpr int64_t kBlock = 16 * kTile;
-// Elements that are worth a thread, some 6 us of work: below twice that, where torch's own loops end,
-// too, the call stays on one.
+// Elements that are worth a thread, some 6 us of work. Below twice that the call stays on one, as
+// do torch's own loops.
 constexpr int64_t kGrain = 16384;
 
 // Bytes of a gradient from which on it is written past the caches, which would not keep it until it

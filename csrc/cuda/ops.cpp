@@ -1,5 +1,5 @@
 // The CUDA implementations of the ops: on pred's device and the stream that is current there.
-#include "../ops.h"
+#include "../stable.h"
 
 #if defined(_WIN32)
 #define WIN32_LEAN_AND_MEAN
@@ -99,7 +99,7 @@ class Cuda {
     Workspace(const Place& place, int64_t bytes) {
       if (bytes == 0) return;
       const int64_t size = bytes / 8, stride = 1;
-      memory_ = new_tensor(place, 1, &size, &stride, aoti_torch_dtype_float64());
+      memory_ = new_tensor(place, 1, &size, &stride, ScalarType::Double);
     }
     void* data() const { return memory_ ? memory_->data_ptr() : nullptr; }
 
