@@ -54,6 +54,7 @@ def describe_versions() -> dict:
     import torch
 
     import gfl_kernels
+    from gfl_kernels import native
 
     versions = {
         "python": platform.python_version(),
@@ -65,7 +66,8 @@ def describe_versions() -> dict:
         "gfl_kernels": gfl_kernels.__version__,
         "isa": native_isa(),
         "backends": dict(gfl_kernels.backends()),
-        "build": build_info(),
+        "build": native.build_info(),
+        "calls": native.autograd_why_not() or "in C++",
         "compiler_of_torch_compile": _first_line([os.environ.get("CXX", "g++"), "--version"]),
     }
     for name in ("numpy", "matplotlib", "rich"):
@@ -74,12 +76,6 @@ def describe_versions() -> dict:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "absent"
     return versions
-
-
-def build_info() -> dict:
-    from gfl_kernels import native
-
-    return native.build_info()
 
 
 def native_isa() -> str:

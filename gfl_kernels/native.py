@@ -91,7 +91,7 @@ def _load_autograd() -> tuple[ModuleType | None, str | None]:
         return None, f"gfl_kernels._autograd was not built: {left_out}"
     # Before it is loaded: what it uses of torch has no stable ABI.
     built_against = build_info()["built_against_torch"]
-    if built_against != torch.__version__:
+    if built_against != str(torch.__version__):
         return None, (
             f"gfl_kernels._autograd was built against torch {built_against}, and this is "
             f"{torch.__version__}. To build it again: pip install --no-build-isolation ."

@@ -6,7 +6,8 @@ see: it asks :mod:`gfl_kernels.dispatch` for the backend. ``gfl_native::name`` i
 library implements (STABLE_TORCH_LIBRARY_IMPL in csrc). The autograd Functions below are what runs
 eagerly: they call the chosen backend directly, which saves a trip through the dispatcher, and may
 look at values. ``gfl_kernels::name`` carries the same autograd in traceable form; torch.compile
-records it instead of the Function.
+records it instead of the Function. Usual calls on a CPU do not come here: python/autograd.cpp has
+the Functions of the losses and of the integral in C++.
 
 Rows and classes: pred is [..., C] (or [..., K]) with any strides; its leading dimensions are the
 rows. Losses are float32, or float64 for float64; gradients have pred's dtype and

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from support import logits, random_upstream, run_python, sparse_target
+from support import expected, logits, random_upstream, run_python, sparse_target
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +26,9 @@ def compiled():
     """The module; without one there is nothing here to test."""
     module = native.autograd()
     if module is None:
-        pytest.skip(f"calls go through Python: {native.autograd_why_not()}")
+        # Where the library must be there, so must this.
+        end = pytest.fail if expected("cpu") else pytest.skip
+        end(f"calls go through Python: {native.autograd_why_not()}")
     return module
 
 
@@ -503,8 +505,7 @@ def test_copies_of_modules_and_pickles_know_nothing_of_it():
 
 def test_the_gil_is_free_while_kernels_run():
     """Another thread runs Python meanwhile: a worker that loads data is not held up."""
-    pred = torch.randn(20000, 200)
-    target = sparse_target((20000,), 200)
+    pred, target = torch.randn(20000, 400), sparse_target((20000,), 400)
     stop, ticks = threading.Event(), []
 
     def tick():
@@ -514,15 +515,17 @@ def test_the_gil_is_free_while_kernels_run():
 
     thread = threading.Thread(target=tick)
     thread.start()
+    within = []
     try:
-        began = time.perf_counter()
-        while time.perf_counter() - began < 0.3:
-            gfl_kernels.quality_focal_loss(pred, target)
-        ended = time.perf_counter()
+        for _ in range(10):
+            began = time.perf_counter()
+            gfl_kernels.quality_focal_loss(pred, target, beta=1.5)
+            within.append((began, time.perf_counter()))
     finally:
         stop.set()
         thread.join()
-    assert sum(began < t < ended for t in ticks) > 20
+    # Around a call that kept it there is one at either end.
+    assert max(sum(began < t < ended for t in ticks) for began, ended in within) > 5
 
 
 # ---- other versions of torch
