@@ -34,7 +34,8 @@ namespace {
 // Reductions, as in gfl_kernels/ops.py.
 enum Reduction : int64_t { kNone, kSum, kMean };
 
-inline gfl_dtype dtype_of(const Tensor& tensor) {
+// What the kernels call a tensor's dtype; nothing for one that they do not read.
+inline std::optional<gfl_dtype> readable_dtype(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return GFL_FLOAT32;
@@ -57,8 +58,13 @@ inline gfl_dtype dtype_of(const Tensor& tensor) {
     case ScalarType::Bool:
       return GFL_BOOL;
     default:
-      throw std::invalid_argument("gfl_native: a tensor has a dtype that the kernels do not read");
+      return std::nullopt;
   }
+}
+
+inline gfl_dtype dtype_of(const Tensor& tensor) {
+  if (const std::optional<gfl_dtype> dtype = readable_dtype(tensor)) return *dtype;
+  throw std::invalid_argument("gfl_native: a tensor has a dtype that the kernels do not read");
 }
 
 // A view of a tensor, or nothing.

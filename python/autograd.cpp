@@ -67,6 +67,10 @@ bool is_plain(const Tensor& tensor) {
   return !(raw(tensor.key_set()) & ~plain) && tensor.layout() == at::kStrided;
 }
 
+bool wants_grad(const Tensor& tensor) {
+  return tensor.requires_grad() && at::GradMode::is_enabled();
+}
+
 bool is_one(const Tensor& grad) {
   if (grad.numel() != 1 || !is_plain(grad)) return false;
   if (grad.scalar_type() == at::kFloat) return *grad.const_data_ptr<float>() == 1;
@@ -240,9 +244,7 @@ template <typename Function>
 Tensor apply(const typename Function::Arguments& arguments, bool extra) {
   const pybind11::gil_scoped_release unlocked;
   const Tensor& pred = std::get<0>(arguments);
-  if (!pred.requires_grad() || !at::GradMode::is_enabled()) {
-    return Function::forward(arguments, extra, nullptr);
-  }
+  if (!wants_grad(pred)) return Function::forward(arguments, extra, nullptr);
   const auto node = new_node<NodeOf<Function>>();
   node->set_ctx_grad_fn(node);
   node->set_next_edges(torch::autograd::collect_next_edges(pred));
@@ -267,26 +269,12 @@ bool nobody_listens() {
   return !(included & ~raw(c10::default_included_set)) && !at::impl::torch_function_mode_enabled();
 }
 
-bool is_kernel_float(at::ScalarType type) {
-  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
-}
-
 // A tensor that kernels read where it lies; nothing for all else.
 const Tensor* plain_tensor(PyObject* object) {
   if (!THPVariable_CheckExact(object)) return nullptr;
   const Tensor& tensor = THPVariable_Unpack(object);
-  const at::ScalarType type = tensor.scalar_type();
-  const bool readable = is_kernel_float(type) || at::isIntegralType(type, /*includeBool=*/true);
-  // Unsigned integers but uint8 count as integral, too.
-  const bool wide_unsigned = type == at::kUInt16 || type == at::kUInt32 || type == at::kUInt64;
-  if (!readable || wide_unsigned || !is_plain(tensor) || torch::autograd::isFwGradDefined(tensor)) {
-    return nullptr;
-  }
-  return &tensor;
-}
-
-bool wants_grad(const Tensor& tensor) {
-  return tensor.requires_grad() && at::GradMode::is_enabled();
+  const bool plain = readable_dtype(tensor) && is_plain(tensor);
+  return plain && !torch::autograd::isFwGradDefined(tensor) ? &tensor : nullptr;
 }
 
 // The same of one that has this shape and needs no derivative.
@@ -329,7 +317,7 @@ class Logits {
   static std::optional<Logits> from(PyObject* pred, PyObject* dim) {
     const Tensor* const tensor = plain_tensor(pred);
     const std::optional<int64_t> where = integer(dim);
-    if (!tensor || !where || !is_kernel_float(tensor->scalar_type())) return std::nullopt;
+    if (!tensor || !where || !tensor->is_floating_point()) return std::nullopt;
     const int64_t dims = tensor->dim();
     if (*where < -dims || *where >= dims || tensor->size(*where) == 0) return std::nullopt;
     return Logits(*tensor, *where < 0 ? *where + dims : *where);
@@ -476,14 +464,14 @@ PyObject* integral(PyObject*, PyObject* const* args, Py_ssize_t count) {
       !(peak || is_string(args[3], "mean"))) {
     Py_RETURN_NONE;
   }
+  const Tensor last = pred->last();
   const Tensor* bins = nullptr;
   if (args[1] != Py_None) {
     bins = constant(args[1], {pred->columns()});
-    if (!bins || bins->scalar_type() != accumulator(pred->last())) Py_RETURN_NONE;
+    if (!bins || bins->scalar_type() != accumulator(last)) Py_RETURN_NONE;
   }
   // A window that takes in all bins everywhere is the mean.
   if (!peak || *window >= pred->columns() - 1) window = -1;
-  const Tensor last = pred->last();
   const bool save = *window < 0 && wants_grad(last) && last.is_contiguous();
   return THPVariable_Wrap(apply<Integral>({last, copy_of(bins), *window}, save));
   END_HANDLE_TH_ERRORS

@@ -4,6 +4,7 @@ apart. test_autograd.py has the behaviour of either, test_fuzz.py compares them 
 
 import copy
 import gc
+import pickle
 import threading
 import time
 import weakref
@@ -500,7 +501,8 @@ print("same")
 def test_copies_of_modules_and_pickles_know_nothing_of_it():
     loss = gfl_kernels.QualityFocalLoss()
     pred, target = logits(ROWS, CLASSES), sparse_target((ROWS,), CLASSES)
-    assert torch.equal(copy.deepcopy(loss)(pred, target), loss(pred, target))
+    for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(other(pred, target), loss(pred, target))
 
 
 def test_the_gil_is_free_while_kernels_run():
